@@ -1,0 +1,77 @@
+"""actcache: run a GPT model over a corpus once, keep its residual stream, and never run the model again.
+
+Importing this package registers the Zarr data type `bfloat16` with zarr-python. torch and transformers are imported by
+`build` alone, Dask when the first lazy array is made.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module, metadata
+from typing import TYPE_CHECKING, Any
+
+from actcache.cache import bfloat16 as _bfloat16
+from actcache.schemas.errors import (
+    ActcacheError,
+    Corrupt,
+    InvalidInput,
+    NotFound,
+    NotSealed,
+    OutOfRange,
+    ProofFailed,
+    SpecMismatch,
+    StoreError,
+    Unsupported,
+)
+from actcache.schemas.spec import Spec
+
+if TYPE_CHECKING:
+    from actcache.clients import lens
+    from actcache.clients.dataset import Dataset
+    from actcache.clients.opening import catalog, open, verify
+    from actcache.jobs.build import BuildResult, build
+
+__version__ = metadata.version("actcache")
+
+_LAZY = {
+    "BuildResult": "actcache.jobs.build",
+    "Dataset": "actcache.clients.dataset",
+    "build": "actcache.jobs.build",
+    "catalog": "actcache.clients.opening",
+    "lens": "actcache.clients",
+    "open": "actcache.clients.opening",
+    "verify": "actcache.clients.opening",
+}
+
+__all__ = [
+    "ActcacheError",
+    "BuildResult",
+    "Corrupt",
+    "Dataset",
+    "InvalidInput",
+    "NotFound",
+    "NotSealed",
+    "OutOfRange",
+    "ProofFailed",
+    "Spec",
+    "SpecMismatch",
+    "StoreError",
+    "Unsupported",
+    "build",
+    "catalog",
+    "lens",
+    "open",
+    "verify",
+]
+
+_bfloat16.register()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'actcache' has no attribute {name!r}")
+    module = import_module(_LAZY[name])
+    return import_module(f"{_LAZY[name]}.{name}") if name == "lens" else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,1 @@
+"""Where bytes live: stores, shards, receipts, seal, verify, open, catalog. No torch."""

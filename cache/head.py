@@ -1,0 +1,51 @@
+"""A model's stored head: final norm and unembedding as a declared list of operations, evaluated in numpy.
+
+Operations, in order, on h of shape (n, d_model):
+
+- `layer_norm` (Ba et al. 2016, arXiv 1607.06450): (h - mean(h)) / sqrt(var(h) + eps) · gain + bias
+- `linear`: h @ weight.T
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from actcache.schemas.errors import Unsupported
+
+Operation = Mapping[str, str | float]
+
+
+@dataclass(frozen=True)
+class Head:
+    """Operations, and the arrays that they name, float32."""
+
+    operations: Sequence[Operation]
+    arrays: Mapping[str, np.ndarray]
+
+    def logits(self, h: np.ndarray) -> np.ndarray:
+        """The logits (n, vocabulary) of residual vectors (n, d_model), float32.
+
+        Raises:
+            Unsupported: an operation that this version does not know.
+        """
+        x = np.asarray(h, np.float32)
+        for operation in self.operations:
+            x = self._apply(operation, x)
+        return x
+
+    def _apply(self, operation: Operation, x: np.ndarray) -> np.ndarray:
+        kind = operation.get("op")
+        if kind == "layer_norm":
+            centred = x - x.mean(axis=-1, keepdims=True)
+            variance = np.square(centred).mean(axis=-1, keepdims=True)
+            normal = centred / np.sqrt(variance + np.float32(operation["eps"]))
+            return normal * self._array(operation, "gain") + self._array(operation, "bias")
+        if kind == "linear":
+            return x @ self._array(operation, "weight").T
+        raise Unsupported(f"the dataset's head uses operation {kind!r}; upgrade actcache")
+
+    def _array(self, operation: Operation, role: str) -> np.ndarray:
+        return self.arrays[str(operation[role])]

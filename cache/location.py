@@ -1,0 +1,77 @@
+"""Where a dataset is and how to get there, without any secret: this is what travels to other processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from actcache.schemas.errors import InvalidInput
+
+
+@dataclass(frozen=True)
+class Location:
+    """A URL and the public part of how to reach it. Credentials are found anew in each process."""
+
+    scheme: str
+    host: str
+    path: str
+    endpoint_url: str | None = None
+    profile: str | None = None
+    anonymous: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        url: str | Path | Location,
+        *,
+        endpoint_url: str | None = None,
+        profile: str | None = None,
+        anonymous: bool = False,
+    ) -> Location:
+        """Parse a local path, `file://`, `s3://bucket/prefix`, `http(s)://…` or `memory://name`.
+
+        Raises:
+            InvalidInput: another scheme, or an S3 URL without a bucket.
+        """
+        if isinstance(url, Location):
+            return url
+        text = str(url)
+        if not text:
+            raise InvalidInput("an empty URL; give a path, s3://bucket/name or https://…")
+        scheme = urlsplit(text).scheme if "://" in text else "file"
+        if scheme == "file":
+            path = text.removeprefix("file://")
+            return cls("file", "", str(Path(path).expanduser().absolute()))
+        if scheme not in ("s3", "http", "https", "memory"):
+            raise InvalidInput(f"{text}: scheme {scheme!r} is not one of a local path, s3, http, https")
+        parts = urlsplit(text)
+        if parts.query or parts.fragment:
+            raise InvalidInput(f"{text}: a query or fragment has no meaning in a dataset's URL; leave it out")
+        if parts.username or parts.password:
+            raise InvalidInput(f"{scheme}://{parts.hostname}: no user or password in a URL; use a profile or the environment")
+        if not parts.netloc:
+            raise InvalidInput(f"{text}: no {'bucket' if scheme == 's3' else 'host'} in the URL")
+        path = "/".join(piece for piece in parts.path.split("/") if piece)
+        if scheme != "s3":
+            return cls(scheme, parts.netloc, path)
+        return cls("s3", parts.netloc, path, endpoint_url, profile, anonymous)
+
+    @property
+    def url(self) -> str:
+        """The URL as a user would write it."""
+        if self.scheme == "file":
+            return self.path
+        return f"{self.scheme}://{self.host}" + (f"/{self.path}" if self.path else "")
+
+    @property
+    def name(self) -> str:
+        """The last piece of the URL."""
+        return self.url.rstrip("/").rsplit("/", 1)[-1]
+
+    def child(self, name: str) -> Location:
+        """The location of something below this one."""
+        return replace(self, path=f"{self.path.rstrip('/')}/{name}" if self.path else name)
+
+    def __str__(self) -> str:
+        return self.url

@@ -1,0 +1,172 @@
+"""Encoding and decoding of shards: Zarr v3's `sharding_indexed` of `bytes → blosc → crc32c`, index at the end.
+
+A shard is its compressed chunks one after the other, then an index of (offset, length) pairs in little-endian uint64, then
+the index's crc32c. A chunk is a Blosc buffer and its own crc32c. All of it is written here, on threads, since a
+shard must be whole before it is put, and equal input must give equal bytes.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from concurrent.futures import Executor, Future
+from typing import Any
+
+import google_crc32c
+import numpy as np
+from numcodecs import blosc
+
+from actcache.schemas.array import CRC_BYTES, INDEX_ENTRY_BYTES, ArrayLayout
+from actcache.schemas.errors import Corrupt
+
+ABSENT = (1 << 64) - 1
+_CRC = struct.Struct("<I")
+_BLOSC_HEADER = struct.Struct("<BBBBIII")
+
+Buffer = bytes | bytearray | memoryview
+
+
+class ShardEncoder:
+    """Encodes one shard from rows that come in any portions, compressing on a pool while more are on their way.
+
+    Holds at most one chunk not compressed beside those that the pool has yet to take.
+    """
+
+    def __init__(self, layout: ArrayLayout, pool: Executor) -> None:
+        self._layout = layout
+        self._pool = pool
+        self._pieces: list[Future[bytes]] = []
+        self._chunk = self._new_chunk()
+        self._filled = 0
+
+    def append(self, rows: np.ndarray) -> None:
+        """Add rows, shape (n, *row_shape), of the layout's dtype. They are copied.
+
+        Raises:
+            ValueError: wrong dtype or shape, or more rows than the shard has.
+        """
+        layout = self._layout
+        if rows.dtype != layout.numpy_dtype or rows.shape[1:] != layout.row_shape:
+            raise ValueError(f"{layout.name}: rows of {rows.dtype} {rows.shape[1:]}, not {layout.dtype} {layout.row_shape}")
+        if len(self._pieces) * layout.chunk_rows + self._filled + len(rows) > layout.shard_rows:
+            raise ValueError(f"{layout.name}: more rows than the {layout.shard_rows} of a shard")
+        while len(rows):
+            taken = min(len(rows), layout.chunk_rows - self._filled)
+            self._chunk[self._filled : self._filled + taken] = rows[:taken]
+            self._filled += taken
+            rows = rows[taken:]
+            if self._filled == layout.chunk_rows:
+                self._flush()
+
+    def finish(self) -> bytearray:
+        """The shard's bytes."""
+        if self._filled:
+            self._chunk[self._filled :] = 0
+            self._flush()
+        return _assemble(self._layout, [piece.result() for piece in self._pieces])
+
+    def _flush(self) -> None:
+        self._pieces.append(self._pool.submit(encode_chunk, self._layout, self._chunk))
+        self._chunk = self._new_chunk()
+        self._filled = 0
+
+    def _new_chunk(self) -> np.ndarray:
+        return np.empty((self._layout.chunk_rows, *self._layout.row_shape), self._layout.numpy_dtype)
+
+
+def encode_shard(layout: ArrayLayout, rows: np.ndarray, pool: Executor) -> bytearray:
+    """The bytes of a shard that holds `rows`, shape (n, *row_shape) with n at most the shard's rows."""
+    encoder = ShardEncoder(layout, pool)
+    encoder.append(rows)
+    return encoder.finish()
+
+
+def encode_chunk(layout: ArrayLayout, chunk: np.ndarray) -> bytes:
+    """One chunk, compressed and followed by its crc32c. Call it off the main thread: Blosc then runs on this thread alone."""
+    itemsize = layout.numpy_dtype.itemsize
+    raw = chunk.view(np.dtype(f"u{itemsize}"))
+    packed = blosc.compress(raw, b"zstd", 1, blosc.SHUFFLE, layout.chunk_bytes, itemsize)
+    return bytes(packed) + _CRC.pack(google_crc32c.value(packed))
+
+
+def _assemble(layout: ArrayLayout, pieces: Sequence[bytes]) -> bytearray:
+    index = np.full((layout.chunks_per_shard, 2), ABSENT, "<u8")
+    lengths = np.array([len(piece) for piece in pieces], "<u8")
+    index[: len(pieces), 1] = lengths
+    index[: len(pieces), 0] = np.cumsum(lengths) - lengths
+    tail = index.tobytes()
+    return bytearray().join([*pieces, tail, _CRC.pack(google_crc32c.value(tail))])
+
+
+def decode_index(layout: ArrayLayout, tail: Buffer, where: str) -> np.ndarray:
+    """The index that ends a shard: (chunks_per_shard, 2) of offset and length, uint64.
+
+    Raises:
+        Corrupt: it is too short or its crc32c does not hold.
+    """
+    if len(tail) != layout.index_bytes:
+        raise Corrupt(f"{where}: the object is shorter than its own index; {ADVICE}")
+    body = bytes(tail[:-CRC_BYTES])
+    if google_crc32c.value(body) != _CRC.unpack(tail[-CRC_BYTES:])[0]:
+        raise Corrupt(f"{where}: the index's crc32c does not hold; {ADVICE}")
+    return np.frombuffer(body, "<u8").reshape(-1, INDEX_ENTRY_BYTES // 8)
+
+
+def chunk_span(index: np.ndarray, chunk: int, limit: int, where: str) -> tuple[int, int]:
+    """Offset and length of a chunk, checked to lie within `limit` bytes.
+
+    Raises:
+        Corrupt: the chunk is absent or out of bounds.
+    """
+    offset, length = int(index[chunk, 0]), int(index[chunk, 1])
+    if offset == ABSENT or length <= CRC_BYTES or offset + length > limit:
+        raise Corrupt(f"{where}: chunk {chunk} is absent or out of bounds; {ADVICE}")
+    return offset, length
+
+
+def decode_chunk(layout: ArrayLayout, data: Buffer, out: np.ndarray, where: str) -> None:
+    """Decode a chunk's bytes into `out`, the chunk's first len(out) rows, contiguous.
+
+    Raises:
+        Corrupt: its crc32c does not hold, or it does not decode to a chunk of this array.
+    """
+    view = memoryview(data)
+    packed = view[:-CRC_BYTES]
+    if google_crc32c.value(bytes(packed)) != _CRC.unpack(view[-CRC_BYTES:])[0]:
+        raise Corrupt(f"{where}: a chunk's crc32c does not hold; {ADVICE}")
+    if len(packed) < _BLOSC_HEADER.size:
+        raise Corrupt(f"{where}: a chunk is too short; {ADVICE}")
+    _, _, _, _, decoded, _, encoded = _BLOSC_HEADER.unpack(packed[: _BLOSC_HEADER.size])
+    if decoded != layout.chunk_bytes or encoded != len(packed):
+        raise Corrupt(f"{where}: a chunk decodes to {decoded:,} bytes, not {layout.chunk_bytes:,}; {ADVICE}")
+    if len(out) == layout.chunk_rows:
+        _decompress(packed, out, where)
+    else:
+        whole = np.empty((layout.chunk_rows, *layout.row_shape), layout.numpy_dtype)
+        _decompress(packed, whole, where)
+        out[...] = whole[: len(out)]
+
+
+def decode_shard(layout: ArrayLayout, shard: Buffer, rows: int, where: str) -> np.ndarray:
+    """The first `rows` rows of a whole shard, shape (rows, *row_shape), in the stored dtype.
+
+    Raises:
+        Corrupt: any part of it is not as written.
+    """
+    view = memoryview(shard)
+    index = decode_index(layout, view[-layout.index_bytes :], where)
+    out = np.empty((rows, *layout.row_shape), layout.numpy_dtype)
+    for chunk, first in enumerate(range(0, rows, layout.chunk_rows)):
+        offset, length = chunk_span(index, chunk, len(view), where)
+        decode_chunk(layout, view[offset : offset + length], out[first : first + layout.chunk_rows], where)
+    return out
+
+
+ADVICE = "run 'actcache verify --full', then copy the object again from where the dataset came"
+
+
+def _decompress(packed: Any, out: np.ndarray, where: str) -> None:
+    try:
+        blosc.decompress(packed, out.view(np.dtype(f"u{out.dtype.itemsize}")))
+    except (RuntimeError, ValueError) as error:
+        raise Corrupt(f"{where}: a chunk does not decompress ({error}); {ADVICE}") from None

@@ -1,0 +1,156 @@
+"""Checking a sealed dataset against its manifests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from functools import partial
+
+from actcache.cache.opening import SealedRoot, read_root
+from actcache.cache.store import Store
+from actcache.schemas.canonical import canonical, sha256
+from actcache.schemas.errors import Corrupt, NotFound, Unsupported
+from actcache.schemas.manifest import manifest_key, parse_manifest
+from actcache.schemas.plan import StoredObject
+from actcache.schemas.root import ROOT_KEY
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One object that is not as it should be."""
+
+    key: str
+    what: str
+
+
+@dataclass
+class Report:
+    """What verifying found. `unexpected` objects belong to no manifest; they are told, and are no damage."""
+
+    url: str
+    full: bool
+    objects: int = 0
+    bytes: int = 0
+    problems: list[Problem] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every object is as its manifest says."""
+        return not self.problems
+
+
+def verify(
+    store: Store, pool: Executor, *, full: bool = False, progress: Callable[[int, int], None] | None = None
+) -> Report:
+    """Check a sealed dataset: keys and sizes, and with `full` the SHA-256 of every object.
+
+    `progress` is called with the bytes checked so far and the bytes to check.
+
+    Raises:
+        NotFound, NotSealed: there is no sealed dataset.
+        StoreError: the store failed.
+    """
+    report = Report(str(store.location), full)
+    try:
+        root = read_root(store)
+    except Corrupt as error:
+        report.problems.append(Problem(ROOT_KEY, str(error)))
+        return report
+    report.objects, report.bytes = 1, len(root.data)
+    expected: dict[str, StoredObject] = {}
+    names = {ROOT_KEY}
+    for generation in root.attributes.generations:
+        key = manifest_key(generation.manifest)
+        names.add(key)
+        try:
+            data = bytes(store.get(key))
+            entries = parse_manifest(data, generation.manifest)
+        except NotFound:
+            report.problems.append(Problem(key, "missing"))
+            continue
+        except Corrupt as error:
+            report.problems.append(Problem(key, str(error)))
+            continue
+        report.objects += 1
+        report.bytes += len(data)
+        expected |= {entry.key: entry for entry in entries}
+    if not report.problems:
+        report.problems += _incomplete(root, expected)
+    sizes = _sizes(store, expected, pool)
+    report.unexpected = sorted(set(sizes) - set(expected) - names)
+    _check_objects(store, pool, expected, sizes, report, progress)
+    report.problems.sort(key=lambda problem: problem.key)
+    return report
+
+
+def _incomplete(root: SealedRoot, expected: dict[str, StoredObject]) -> Iterable[Problem]:
+    """Keys that follow from the root and that no manifest names, and metadata that differs from the root's copy."""
+    members = _consolidated(root)
+    for name, layout in root.layouts.items():
+        for key in layout.shard_keys():
+            if key not in expected:
+                yield Problem(key, "not in the manifest")
+        entry = expected.get(layout.metadata_key)
+        if entry is None:
+            yield Problem(layout.metadata_key, "not in the manifest")
+        elif entry.sha256 != sha256(canonical(members[name])):
+            yield Problem(layout.metadata_key, "differs from the copy in the root")
+
+
+def _consolidated(root: SealedRoot) -> dict[str, object]:
+    import json
+
+    members: dict[str, object] = json.loads(root.data)["consolidated_metadata"]["metadata"]
+    return members
+
+
+def _sizes(store: Store, expected: dict[str, StoredObject], pool: Executor) -> dict[str, int]:
+    try:
+        return store.list()
+    except Unsupported:
+        return {key: size for key, size in pool.map(partial(_size, store), expected) if size is not None}
+
+
+def _size(store: Store, key: str) -> tuple[str, int | None]:
+    try:
+        return key, store.size(key)
+    except NotFound:
+        return key, None
+
+
+def _check_objects(
+    store: Store,
+    pool: Executor,
+    expected: dict[str, StoredObject],
+    sizes: dict[str, int],
+    report: Report,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    total = sum(entry.size for entry in expected.values())
+    done = 0
+    check = partial(_check, store, sizes, report.full)
+    for entry, problem in zip(expected.values(), pool.map(check, expected.values()), strict=True):
+        report.objects += 1
+        done += entry.size
+        if problem is not None:
+            report.problems.append(problem)
+        if progress is not None:
+            progress(done, total)
+    report.bytes += done
+
+
+def _check(store: Store, sizes: dict[str, int], full: bool, entry: StoredObject) -> Problem | None:
+    if entry.key not in sizes:
+        return Problem(entry.key, "missing")
+    if sizes[entry.key] != entry.size:
+        return Problem(entry.key, f"has {sizes[entry.key]:,} bytes, not {entry.size:,}")
+    if full:
+        try:
+            found = sha256(store.get(entry.key))
+        except NotFound:
+            return Problem(entry.key, "missing")
+        if found != entry.sha256:
+            return Problem(entry.key, f"sha256 is {found}, not {entry.sha256}")
+    return None

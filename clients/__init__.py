@@ -1,0 +1,1 @@
+"""What people use: the dataset view, lenses, plots, the command line."""

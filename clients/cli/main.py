@@ -1,0 +1,31 @@
+"""The group of all commands."""
+
+from __future__ import annotations
+
+import click
+
+import actcache
+from actcache.clients.cli.build import build_command, seal_command
+from actcache.clients.cli.common import OneLineErrors, debug_option
+from actcache.clients.cli.inspect import info_command, ls_command, verify_command
+from actcache.clients.cli.lens import lens_group
+
+
+@click.group(
+    cls=OneLineErrors,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog="Exit codes: 0 done, 1 failed, 2 wrong usage.",
+)
+@click.version_option(actcache.__version__, prog_name="actcache")
+@debug_option
+def main() -> None:
+    """Run a GPT model over a corpus once, keep every layer's residual stream, and never run the model again.
+
+    \b
+    actcache build ./demo.zarr --model examples/tiny-gpt --corpus 'texts/*.txt'
+    actcache info ./demo.zarr
+    """
+
+
+for command in (build_command, info_command, verify_command, ls_command, seal_command, lens_group):
+    main.add_command(command)

@@ -1,0 +1,220 @@
+"""A sealed dataset as lazy arrays."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from actcache.cache.head import Head
+from actcache.cache.opening import SealedRoot, read_head
+from actcache.cache.reader import ArrayReader
+from actcache.cache.store import Store
+from actcache.clients.lazy import lazy_array
+from actcache.clients.summary import html_summary, summary
+from actcache.schemas.dtypes import numpy_dtype
+from actcache.schemas.errors import InvalidInput, NotFound
+from actcache.schemas.plan import ModelShape
+from actcache.schemas.root import Provenance
+from actcache.schemas.sites import residual_stream
+
+if TYPE_CHECKING:
+    import dask.array as da
+    import zarr
+
+
+class TokenArrays(Mapping[str, np.ndarray]):
+    """The small arrays of the token axis by name, read when first asked for and kept; numpy."""
+
+    def __init__(self, store: Store, root: SealedRoot) -> None:
+        self._store = store
+        self._layouts = {name: root.layouts[name] for name, role in root.attributes.arrays.items() if role.role == "token"}
+        self._kept: dict[str, np.ndarray] = {}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._layouts:
+            raise NotFound(f"{self._store.location}: no token array {name!r}; there is {', '.join(self._layouts)}")
+        if name not in self._kept:
+            array = ArrayReader(self._store, self._layouts[name]).read()
+            array.flags.writeable = False
+            self._kept[name] = array
+        return self._kept[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layouts)
+
+    def __len__(self) -> int:
+        return len(self._layouts)
+
+    def __repr__(self) -> str:
+        return f"TokenArrays({', '.join(self._layouts)})"
+
+
+class Dataset:
+    """One immutable activation dataset. Opening it read its metadata alone.
+
+    Attributes:
+        url: where it is.
+        sites: names of the activation sites, in model order.
+        n_tokens, n_sequences, n_documents, d_model: sizes.
+        tokens: the small arrays of the token axis, a lazy mapping of numpy arrays.
+        provenance: where it comes from.
+    """
+
+    def __init__(self, store: Store, root: SealedRoot) -> None:
+        self._store = store
+        self._root = root
+        attributes = root.attributes
+        self.url = store.location.url
+        self.sites: list[str] = attributes.sites
+        self.n_tokens = attributes.n_tokens
+        self.n_sequences = attributes.n_sequences
+        self.n_documents = attributes.n_documents
+        self.d_model = attributes.d_model
+        self.format = attributes.format
+        self.key = attributes.generations[0].key
+        self.manifest = attributes.generations[0].manifest
+        self.provenance: Provenance = attributes.generations[0].provenance
+        self.model: ModelShape = self.provenance.model
+        self.tokens: Mapping[str, np.ndarray] = TokenArrays(store, root)
+
+    def __getitem__(self, name: str) -> da.Array:
+        """A site, or any other array of the dataset, as a lazy Dask array; floating-point values as float32.
+
+        A site's shape is (token, d_model), one Dask chunk a shard. Slices read only the chunks that they touch.
+
+        Raises:
+            NotFound: no array of that name.
+        """
+        return self.site(name) if name in self.sites else self._array(name, None)
+
+    def site(self, name: str, dtype: Literal["float32", "stored"] = "float32") -> da.Array:
+        """A site as a lazy Dask array (token, d_model), float32 or as stored.
+
+        numpy sums float16 and bfloat16 in their own precision, which is silently wrong; hence float32 by default.
+
+        Raises:
+            NotFound: no site of that name.
+            InvalidInput: another dtype.
+        """
+        if name not in self.sites:
+            near = ", ".join(self.sites[:4]) + (", …" if len(self.sites) > 4 else "")
+            raise NotFound(f"{self.url}: no site {name!r}; there is {near} (ds.sites lists all)")
+        if dtype not in ("float32", "stored"):
+            raise InvalidInput(f"dtype {dtype!r} is neither 'float32' nor 'stored'")
+        return self._array(name, None if dtype == "stored" else numpy_dtype("float32"))
+
+    def _array(self, name: str, dtype: np.dtype | None) -> da.Array:
+        if name not in self._root.layouts:
+            raise NotFound(f"{self.url}: no array {name!r}; ds.sites and ds.tokens list what there is")
+        return lazy_array(self._store.location, self.manifest, self._root.layouts[name], dtype)
+
+    @property
+    def residual_sites(self) -> list[str]:
+        """The sites of the residual stream that the dataset has: the embedding, then each block's output."""
+        return [site for site in residual_stream(self.model.n_layers) if site in self.sites]
+
+    @property
+    def resid(self) -> da.Array:
+        """The whole residual stream as a lazy Dask array (layer, token, d_model), float32; index 0 is the embedding.
+
+        Raises:
+            NotFound: the dataset lacks one of its states.
+        """
+        import dask.array as da
+
+        wanted = residual_stream(self.model.n_layers)
+        missing = [site for site in wanted if site not in self.sites]
+        if missing:
+            raise NotFound(f"{self.url}: ds.resid needs every residual state, and {missing[0]!r} was not stored")
+        return da.stack([self.site(site) for site in wanted])
+
+    @property
+    def sequence_start(self) -> np.ndarray:
+        """Row splits (n_sequences + 1), int64: sequence i is tokens [sequence_start[i], sequence_start[i+1])."""
+        return self.tokens["sequence_start"]
+
+    @cached_property
+    def norm(self) -> dict[str, np.ndarray]:
+        """L2 norm of every stored vector by site, each (token,), float32."""
+        columns: dict[str, np.ndarray] = {}
+        for name, role in self._root.attributes.arrays.items():
+            if role.role == "norm":
+                layout = self._root.layouts[name]
+                rows = ArrayReader(self._store, layout).read()
+                sites = self._root.attributes.generations[role.generation].sites
+                columns |= {site: rows[:, index] for index, site in enumerate(sites)}
+        return columns
+
+    @cached_property
+    def statistics(self) -> dict[str, dict[str, np.ndarray]]:
+        """Mean and variance per dimension by site, each (d_model,), float64."""
+        found = {}
+        for site in self.sites:
+            rows = ArrayReader(self._store, self._root.layouts[f"statistics/{site}"]).read()
+            found[site] = {"mean": rows[0], "variance": rows[1]}
+        return found
+
+    @cached_property
+    def head(self) -> Head:
+        """Final norm and unembedding, evaluated in numpy.
+
+        Raises:
+            NotFound: the dataset was built without a head.
+        """
+        return read_head(self._store, self._root)
+
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows [start, stop) of an array at once, without Dask; in the stored dtype.
+
+        Raises:
+            NotFound: no array of that name.
+            IndexError: the range is not within it.
+        """
+        if name not in self._root.layouts:
+            raise NotFound(f"{self.url}: no array {name!r}; ds.sites and ds.tokens list what there is")
+        return ArrayReader(self._store, self._root.layouts[name]).read(start, stop)
+
+    @property
+    def zarr(self) -> zarr.Group:
+        """The dataset as a zarr-python group, read-only."""
+        from actcache.clients.interop import zarr_group
+
+        return zarr_group(self._store)
+
+    @property
+    def dtype(self) -> str:
+        """The stored dtype of the sites."""
+        return self._root.layouts[self.sites[0]].dtype
+
+    @property
+    def raw_bytes(self) -> int:
+        """Bytes of all sites, not compressed."""
+        return sum(layout.rows * layout.row_bytes for layout in map(self._root.layouts.__getitem__, self.sites))
+
+    def facts(self) -> dict[str, str]:
+        """What a summary shows, in order."""
+        labels, spec = self.provenance.labels, self.provenance.spec
+        revision = f" @ {labels.revision}" if labels.revision else ""
+        shown = [self.sites[0], "…", self.sites[-1]] if len(self.sites) > 3 else self.sites
+        extras = list(itertools.chain(spec.outputs, ["head"] if spec.head else []))
+        return {
+            "url": self.url,
+            "model": f"{labels.model}{revision} ({spec.model.family}, {self.model.n_layers} layers × {self.d_model})",
+            "corpus": ", ".join(labels.corpus),
+            "tokens": f"{self.n_tokens:,} in {self.n_sequences:,} sequences of at most {spec.context}, {self.n_documents:,} documents",
+            "sites": f"{len(self.sites)}: {' '.join(shown)}",
+            "dtype": f"{self.dtype} (computed in {spec.execution.compute_dtype})",
+            "also": ", ".join(extras) or "nothing",
+            "size": f"{self.raw_bytes / 1e9:,.2f} GB of activations, not compressed",
+            "key": self.key,
+        }
+
+    def __repr__(self) -> str:
+        return summary(self.facts())
+
+    def _repr_html_(self) -> str:
+        return html_summary(self.facts())

@@ -1,0 +1,1 @@
+"""What runs models: corpora, tokenising, capture, blocks, build. Needs the extra `actcache[jobs]`."""

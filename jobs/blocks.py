@@ -1,0 +1,178 @@
+"""Running one block: forward passes, encoding while they go on, then create-only PUTs and the receipt last."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from actcache.cache.publish import PublishedShard, publish, publish_shard
+from actcache.cache.reader import ArrayReader
+from actcache.cache.shards import ShardEncoder, encode_shard
+from actcache.cache.statistics import Moments, measure, pack, unpack
+from actcache.cache.store import Store
+from actcache.jobs.batches import Batch, batches, touching
+from actcache.jobs.capture import run
+from actcache.jobs.model import to_numpy
+from actcache.jobs.parts import ModelParts
+from actcache.schemas.errors import Corrupt, OutOfRange
+from actcache.schemas.grid import Grid
+from actcache.schemas.plan import StoredObject
+from actcache.schemas.receipt import Receipt, receipt_key, statistics_key
+
+Measured = tuple[Moments, np.ndarray]
+
+
+@dataclass
+class Computed:
+    """A block that was run: its sites are being encoded, nothing is stored yet."""
+
+    block: int
+    start: int
+    stop: int
+    encoders: dict[str, ShardEncoder]
+    measured: dict[str, list[Future[Measured]]]
+    loss: list[np.ndarray] = field(default_factory=list)
+
+
+class BlockRunner:
+    """Computes and stores the blocks of one build. `sequence_start` is (n_sequences + 1), int64."""
+
+    def __init__(self, store: Store, grid: Grid, parts: ModelParts, sequence_start: np.ndarray, pool: Executor) -> None:
+        self._store = store
+        self._grid = grid
+        self._parts = parts
+        self._sequence_start = sequence_start
+        self._pool = pool
+        self._token_id = ArrayReader(store, grid.token_arrays()["token_id"])
+
+    def compute(self, block: int, tick: Callable[[int], None]) -> Computed:
+        """Run the sequences that touch a block. `tick` is called with the tokens kept from each batch.
+
+        Raises:
+            OutOfRange: a value is not finite, or the stored dtype cannot hold it.
+        """
+        grid = self._grid
+        start, stop = grid.block_range(block)
+        sites = grid.plan.spec.sites
+        encoders = {site: ShardEncoder(grid.site(site), self._pool) for site in sites}
+        computed = Computed(block, start, stop, encoders, {site: [] for site in sites})
+        reached = start
+        for batch in self.batches(start, stop):
+            self._run(batch, computed, reached)
+            kept = int(batch.keep.sum())
+            reached += kept
+            tick(kept)
+        return computed
+
+    def batches(self, start: int, stop: int) -> list[Batch]:
+        """The batches of the tokens [start, stop)."""
+        wanted = touching(self._sequence_start, start, stop)
+        low, high = int(self._sequence_start[wanted.start]), int(self._sequence_start[wanted.stop])
+        tokens = self._token_id.read(low, high)
+        return list(batches(self._grid.plan.batches, self._sequence_start, tokens, low, start, stop))
+
+    def _run(self, batch: Batch, computed: Computed, first_token: int) -> None:
+        spec = self._grid.plan.spec
+        stored = getattr(torch, spec.stored_dtype)
+        device = self._parts.device
+        keep = batch.keep.to(device)
+
+        def take(site: str, tensor: torch.Tensor) -> None:
+            rows = tensor[keep]  # a copy, so that the model may reuse its own
+            values = to_numpy(rows.to(stored))
+            narrowed = rows if rows.dtype != stored else None
+            computed.encoders[site].append(values)
+            computed.measured[site].append(self._pool.submit(_inspect, site, first_token, values, narrowed))
+
+        wants_loss = "loss" in spec.outputs
+        state = run(self._parts, batch.input_ids.to(device), batch.attention_mask.to(device), spec.sites, take, wants_loss)
+        if state is not None and wants_loss:
+            computed.loss.append(next_token_loss(self._parts, state, batch))
+
+    def publish(self, computed: Computed) -> Receipt:
+        """Store a block's shards, norms, outputs and statistics, then its receipt.
+
+        Raises:
+            OutOfRange: see `compute`.
+            StoreError, Corrupt: the store failed, or holds something else under a key.
+        """
+        grid, block = self._grid, computed.block
+        objects: list[StoredObject] = []
+        mixed: list[str] = []
+
+        def note(layout_name: str, shard: PublishedShard) -> None:
+            objects.append(shard.stored)
+            if shard.kept is not None:
+                mixed.append(shard.stored.key)
+
+        moments, norms = [], []
+        for site in grid.plan.spec.sites:
+            parts = [future.result() for future in computed.measured[site]]
+            shard = publish_shard(self._store, grid.site(site), block, computed.encoders.pop(site).finish())
+            note(site, shard)
+            if shard.kept is not None:  # statistics are of what is stored
+                parts = [measure(shard.kept)]
+            whole = parts[0][0]
+            for part, _ in parts[1:]:
+                whole = whole.merge(part)
+            moments.append(whole)
+            norms.append(np.concatenate([norm for _, norm in parts]))
+        rows = np.stack(norms, axis=1)
+        note("norm", publish_shard(self._store, grid.norm, block, encode_shard(grid.norm, rows, self._pool)))
+        if computed.loss:
+            data = encode_shard(grid.loss, np.concatenate(computed.loss), self._pool)
+            note("loss", publish_shard(self._store, grid.loss, block, data))
+        objects.append(self._publish_statistics(block, moments))
+        receipt = Receipt(
+            block=block, start=computed.start, stop=computed.stop, objects=tuple(objects), mixed_attempts=tuple(mixed)
+        )
+        published = publish(self._store, receipt_key(block), receipt.to_bytes())
+        if published.other is None:
+            return receipt
+        return Receipt.from_bytes(bytes(published.other), str(self._store.location.child(receipt_key(block))))
+
+    def _publish_statistics(self, block: int, moments: list[Moments]) -> StoredObject:
+        published = publish(self._store, statistics_key(block), pack(moments))
+        if published.other is not None:
+            try:
+                theirs = unpack(published.other, [len(part.mean) for part in moments], moments[0].count)
+                same = all(np.allclose(a.mean, b.mean) and np.allclose(a.m2, b.m2) for a, b in zip(moments, theirs, strict=True))
+            except ValueError:
+                same = False
+            if not same:
+                key = self._store.location.child(statistics_key(block))
+                raise Corrupt(f"{key}: holds statistics of other values; remove it and run again")
+        return published.stored
+
+
+def _inspect(site: str, first_token: int, values: np.ndarray, before: torch.Tensor | None) -> Measured:
+    """Measure rows, and refuse a value that is not finite. `before` has the values before they were narrowed."""
+    moments, norms = measure(values)
+    if not np.isfinite(moments.mean).all():
+        row, column = (int(i) for i in np.argwhere(~np.isfinite(values.astype(np.float32)))[0])
+        where = f"{site}, token {first_token + row}, dimension {column}"
+        value = float(values[row, column] if before is None else before[row, column])
+        if before is not None and np.isfinite(value):
+            raise OutOfRange(f"{where}: {value!r} does not fit into {values.dtype.name}; use --dtype float32 or bfloat16")
+        raise OutOfRange(f"{where}: the model computed {value!r}; try --compute-dtype float32")
+    return moments, norms
+
+
+@torch.inference_mode()
+def next_token_loss(parts: ModelParts, state: torch.Tensor, batch: Batch) -> np.ndarray:
+    """Cross-entropy in nats of each kept token's successor in its sequence, NaN at a sequence's last; (kept,), float32.
+
+    One sequence's logits at a time, in float32.
+    """
+    losses = []
+    for row, length in enumerate(batch.lengths):
+        ids = batch.input_ids[row, :length].to(state.device)
+        logits = parts.unembedding(state[row, :length]).float()
+        loss = torch.full((int(length),), torch.nan)
+        loss[:-1] = torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="none").cpu()
+        losses.append(loss[batch.keep[row, :length]])
+    return to_numpy(torch.cat(losses))

@@ -1,0 +1,142 @@
+"""Corpora: text files, a document each, and JSONL files, a document a line."""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import io
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Literal
+
+from actcache.jobs.fingerprint import file_sha256
+from actcache.schemas.canonical import digest
+from actcache.schemas.errors import InvalidInput
+from actcache.schemas.plan import Source
+from actcache.schemas.spec import CorpusIdentity
+
+_JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+
+
+@dataclass(frozen=True)
+class Document:
+    """One corpus row: the index of its file, of the row in it, and its text."""
+
+    source: int
+    row: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Files in the order in which they are read."""
+
+    kind: Literal["text", "jsonl"]
+    text_field: str
+    files: tuple[Path, ...]
+    sources: tuple[Source, ...]
+
+    def identity(self) -> CorpusIdentity:
+        """The corpus by its content."""
+        return CorpusIdentity(
+            kind=self.kind,
+            files=len(self.files),
+            content=digest([source.sha256 for source in self.sources]),
+            text_field=self.text_field if self.kind == "jsonl" else None,
+        )
+
+    def documents(self) -> Iterator[Document]:
+        """Every document, in order.
+
+        Raises:
+            InvalidInput: a file is not what its name says; the message names file and line.
+        """
+        for index, path in enumerate(self.files):
+            try:
+                if self.kind == "text":
+                    yield Document(index, 0, path.read_bytes().decode("utf-8"))
+                else:
+                    yield from self._rows(index, path)
+            except UnicodeDecodeError as error:
+                raise InvalidInput(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
+            except (OSError, EOFError, zlib.error) as error:
+                raise InvalidInput(f"{path}: cannot be read: {error}") from None
+
+    def _rows(self, index: int, path: Path) -> Iterator[Document]:
+        with _opened(path) as file:
+            for row, line in enumerate(file):
+                if not line.strip():
+                    continue
+                yield Document(index, row, self._text(line, f"{path}, line {row + 1}"))
+
+    def _text(self, line: bytes, where: str) -> str:
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise InvalidInput(f"{where}: not JSON: {error}") from None
+        if not isinstance(value, dict) or not isinstance(value.get(self.text_field), str):
+            names = ", ".join(value) if isinstance(value, dict) else type(value).__name__
+            raise InvalidInput(f"{where}: no text in field {self.text_field!r} (there is: {names}); choose with --text-field")
+        return str(value[self.text_field])
+
+
+def open_corpus(patterns: tuple[str, ...], text_field: str) -> Corpus:
+    """Find and hash the files of a corpus. A pattern is a file or a glob (`**` for any folders below).
+
+    Raises:
+        InvalidInput: a pattern matches nothing or a folder, or text and JSONL are mixed.
+    """
+    if not patterns:
+        raise InvalidInput("no corpus; give text or .jsonl files, or globs, with --corpus")
+    found: dict[Path, str] = {}
+    for pattern in patterns:
+        for path, name in _matches(pattern):
+            found.setdefault(path, name)
+    kinds = {"jsonl" if path.name.endswith(_JSONL) else "text" for path in found}
+    if len(kinds) > 1:
+        raise InvalidInput("the corpus mixes JSONL with other files; build them as two datasets, or narrow the patterns")
+    files = tuple(found)
+    try:
+        hashes = file_sha256(list(files))
+        sources = tuple(
+            Source(name=found[path], bytes=path.stat().st_size, sha256=sha) for path, sha in zip(files, hashes, strict=True)
+        )
+    except OSError as error:
+        raise InvalidInput(f"{error.filename}: cannot be read: {error.strerror}") from None
+    return Corpus("jsonl" if kinds == {"jsonl"} else "text", text_field, files, sources)
+
+
+def _matches(pattern: str) -> list[tuple[Path, str]]:
+    expanded = os.path.expanduser(pattern)
+    if "://" in pattern:
+        raise InvalidInput(f"{pattern}: a corpus is read from local files; fetch it first")
+    if os.path.isdir(expanded):
+        raise InvalidInput(f"{pattern}: a folder; give a glob such as '{pattern.rstrip('/')}/**/*.txt'")
+    if os.path.isfile(expanded):
+        return [(Path(expanded).absolute(), os.path.basename(expanded))]
+    files = sorted(Path(name).absolute() for name in glob.glob(expanded, recursive=True) if os.path.isfile(name))
+    if not files:
+        raise InvalidInput(f"{pattern}: no such file, and no file matches it as a glob")
+    base = _fixed_part(expanded)
+    return [(path, path.relative_to(base).as_posix()) for path in files]
+
+
+def _fixed_part(pattern: str) -> Path:
+    """The folder before the first wildcard of a glob."""
+    parts = Path(pattern).absolute().parts
+    fixed = next(index for index, part in enumerate(parts) if glob.has_magic(part))
+    return Path(*parts[:fixed])
+
+
+def _opened(path: Path) -> IO[bytes]:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rb")
+    if path.suffix == ".zst":
+        import zstandard
+
+        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(open(path, "rb"), read_across_frames=True))
+    return open(path, "rb")

@@ -1,0 +1,106 @@
+"""From what a user asks for to a plan: every choice made, every file hashed. No torch here: it must be quick."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from actcache.jobs.checkpoint import Checkpoint, locate
+from actcache.jobs.corpus import Corpus, open_corpus
+from actcache.jobs.families import ATTENTION, family_of, shape_of
+from actcache.schemas.dtypes import numpy_dtype
+from actcache.schemas.errors import InvalidInput
+from actcache.schemas.plan import BatchRule, Labels, ModelShape, Plan
+from actcache.schemas.sites import all_sites, expand
+from actcache.schemas.spec import CAPTURE_VERSION, Execution, Layout, ResolvedSpec, Spec
+
+DEFAULT_CONTEXT = 1024
+SHARD_BYTES = 64 << 20
+CHUNK_BYTES = 512 << 10
+CONTEXTS_PER_BLOCK = 32
+TOKENS_PER_BATCH = 8192
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A plan, and the local files that it stands for."""
+
+    plan: Plan
+    checkpoint: Checkpoint
+    corpus: Corpus
+
+
+def resolve(spec: Spec) -> Resolved:
+    """Make the plan of a spec.
+
+    Raises:
+        InvalidInput: a part of the spec cannot be used.
+        Unsupported: the model's family cannot be captured.
+        StoreError: the model's hub failed.
+    """
+    checkpoint = locate(spec.model, spec.revision)
+    corpus = open_corpus(spec.corpus, spec.text_field)
+    where = str(checkpoint.folder)
+    family = family_of(checkpoint.config, where)
+    shape = shape_of(checkpoint.config, where)
+    context = _context(spec, shape)
+    compute_dtype = spec.compute_dtype or checkpoint.dtype()
+    stored_dtype = compute_dtype if spec.dtype == "auto" else spec.dtype
+    batch_size = spec.batch_size or max(1, TOKENS_PER_BATCH // context)
+    resolved = ResolvedSpec(
+        capture=CAPTURE_VERSION,
+        model=checkpoint.identity(),
+        tokenizer=checkpoint.tokenizer(),
+        corpus=corpus.identity(),
+        context=context,
+        max_tokens=spec.max_tokens,
+        sites=tuple(expand(spec.sites, all_sites(shape.n_layers), shape.n_layers)),
+        outputs=spec.outputs,
+        head=spec.head,
+        stored_dtype=stored_dtype,
+        execution=Execution(compute_dtype=compute_dtype, attention=ATTENTION[family], batch_size=batch_size),
+        layout=layout_of(spec, shape, context, stored_dtype),
+    )
+    plan = Plan(
+        key=resolved.key(),
+        tokens_key=resolved.tokens_key(),
+        spec=resolved,
+        labels=Labels(
+            model=checkpoint.name,
+            revision=checkpoint.revision,
+            model_license=spec.model_license or checkpoint.license(),
+            corpus=tuple(pattern.rstrip("/").rsplit("/", 1)[-1] for pattern in spec.corpus),
+            corpus_license=spec.corpus_license,
+        ),
+        model=shape,
+        batches=BatchRule(size=batch_size),
+        sources=corpus.sources,
+    )
+    return Resolved(plan, checkpoint, corpus)
+
+
+def layout_of(spec: Spec, shape: ModelShape, context: int, stored_dtype: str) -> Layout:
+    """How to cut the token axis: shards of about 64 MiB and at least 32 contexts, chunks of at most 512 KiB, not compressed.
+
+    Raises:
+        InvalidInput: the block asked for is no whole number of the chunks asked for.
+    """
+    row = shape.d_model * numpy_dtype(stored_dtype).itemsize
+    chunk = spec.chunk_tokens or 1 << max(0, (CHUNK_BYTES // row).bit_length() - 1)
+    block = spec.block_tokens
+    if block is None:
+        least = max(CONTEXTS_PER_BLOCK * context, SHARD_BYTES // row)
+        block = max(1, SHARD_BYTES // row // chunk) * chunk if least == SHARD_BYTES // row else -(-least // chunk) * chunk
+    elif spec.chunk_tokens is None:
+        chunk = next(size for size in range(min(chunk, block), 0, -1) if block % size == 0)
+    if block % chunk:
+        raise InvalidInput(f"--block-tokens {block} is no whole number of chunks of --chunk-tokens {chunk}")
+    return Layout(block_tokens=block, chunk_tokens=chunk)
+
+
+def _context(spec: Spec, shape: ModelShape) -> int:
+    longest = shape.max_context
+    if spec.context is None:
+        return min(DEFAULT_CONTEXT, longest or DEFAULT_CONTEXT)
+    if longest is not None and spec.context > longest:
+        raise InvalidInput(f"--context {spec.context} is longer than the model's own context of {longest} tokens")
+    return spec.context

@@ -1,0 +1,1 @@
+"""What a dataset is: its words, records and metadata as plain data. No I/O, no torch."""

@@ -1,0 +1,146 @@
+"""The grid of a dataset: every array and every key that follow from a plan and the number of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from actcache.schemas.array import ArrayLayout
+from actcache.schemas.plan import Plan, TokensRecord
+
+TOKEN_SHARD_ROWS = 1 << 22
+TOKEN_CHUNK_ROWS = 1 << 14
+SMALL_SHARD_BYTES = 64 << 20
+NORM = "norm/0"
+LOSS = "loss"
+TOKEN_DTYPES = {
+    "token_id": "int32",
+    "position": "int32",
+    "sequence": "int64",
+    "document": "int64",
+    "document_position": "int64",
+    "special": "uint8",
+}
+TOKEN_ARRAYS = (*TOKEN_DTYPES, "sequence_start", "document_row")
+BOS_FLAG, EOS_FLAG = 1, 2
+_MEANING = {
+    "token_id": "id of the token in the tokenizer's vocabulary",
+    "position": "index of the token in its sequence",
+    "sequence": "index of the sequence that owns the token",
+    "document": "index of the document that owns the token",
+    "document_position": "index of the token in its document",
+    "special": f"flags: {BOS_FLAG} beginning of sequence, {EOS_FLAG} end of sequence, {BOS_FLAG | EOS_FLAG} where one id is both",
+    "sequence_start": "row splits of the token axis: sequence i is tokens [sequence_start[i], sequence_start[i+1])",
+    "document_row": "index of the source file, and of the row in it",
+}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The arrays of a build whose tokens are counted."""
+
+    plan: Plan
+    n_tokens: int
+    n_sequences: int
+    n_documents: int
+
+    @classmethod
+    def of(cls, plan: Plan, tokens: TokensRecord) -> Grid:
+        """The grid of a plan and its tokens."""
+        return cls(plan, tokens.n_tokens, tokens.n_sequences, tokens.n_documents)
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens a block."""
+        return self.plan.spec.layout.block_tokens
+
+    @property
+    def n_blocks(self) -> int:
+        """Number of blocks."""
+        return -(-self.n_tokens // self.block_tokens)
+
+    def block_range(self, block: int) -> tuple[int, int]:
+        """First token and end token of a block."""
+        return block * self.block_tokens, min((block + 1) * self.block_tokens, self.n_tokens)
+
+    def site(self, name: str) -> ArrayLayout:
+        """The array of a site, (token, d_model)."""
+        layout = self.plan.spec.layout
+        return ArrayLayout(
+            name,
+            (self.n_tokens, self.plan.model.d_model),
+            self.plan.spec.stored_dtype,
+            layout.block_tokens,
+            layout.chunk_tokens,
+            ("token", "d_model"),
+        )
+
+    @property
+    def norm(self) -> ArrayLayout:
+        """L2 norms, (token, site)."""
+        layout, sites = self.plan.spec.layout, self.plan.spec.sites
+        return ArrayLayout(
+            NORM,
+            (self.n_tokens, len(sites)),
+            "float32",
+            layout.block_tokens,
+            _piece(layout.block_tokens, TOKEN_CHUNK_ROWS),
+            ("token", "site"),
+            {"sites": list(sites), "meaning": "L2 norm of the stored vector"},
+        )
+
+    @property
+    def loss(self) -> ArrayLayout:
+        """Next-token loss, (token)."""
+        layout = self.plan.spec.layout
+        return ArrayLayout(
+            LOSS,
+            (self.n_tokens,),
+            "float32",
+            layout.block_tokens,
+            _piece(layout.block_tokens, TOKEN_CHUNK_ROWS),
+            ("token",),
+            {"units": "nats", "meaning": "cross-entropy of the next token of the same sequence; NaN at its last"},
+        )
+
+    def block_arrays(self) -> Iterator[ArrayLayout]:
+        """Every array of which a block holds one shard: the sites, then norms and outputs."""
+        for name in self.plan.spec.sites:
+            yield self.site(name)
+        yield self.norm
+        if "loss" in self.plan.spec.outputs:
+            yield self.loss
+
+    def token_arrays(self) -> dict[str, ArrayLayout]:
+        """Every array that tokenising writes."""
+        return token_layouts(self.n_tokens, self.n_sequences, self.n_documents)
+
+    def statistics(self) -> dict[str, int]:
+        """Each site's width, in the order of a block's statistics object."""
+        return {name: self.plan.model.d_model for name in self.plan.spec.sites}
+
+
+def token_layouts(n_tokens: int, n_sequences: int, n_documents: int) -> dict[str, ArrayLayout]:
+    """The arrays of the token axis and its owners."""
+
+    def layout(name: str, shape: tuple[int, ...], dtype: str, dimensions: tuple[str, ...]) -> ArrayLayout:
+        attributes = {"meaning": _MEANING[name]}
+        return ArrayLayout(name, shape, dtype, TOKEN_SHARD_ROWS, TOKEN_CHUNK_ROWS, dimensions, attributes)
+
+    arrays = {name: layout(name, (n_tokens,), dtype, ("token",)) for name, dtype in TOKEN_DTYPES.items()}
+    arrays["sequence_start"] = layout("sequence_start", (n_sequences + 1,), "int64", ("sequence_edge",))
+    arrays["document_row"] = layout("document_row", (n_documents, 2), "int64", ("document_index", "source_and_row"))
+    return arrays
+
+
+def whole_layout(name: str, shape: tuple[int, ...], dtype: str, dimensions: tuple[str, ...], **attributes: object) -> ArrayLayout:
+    """An array that is written at once: head weights, statistics. Shards of at most 64 MiB, chunks of at most 1 MiB."""
+    one = ArrayLayout(name, shape, dtype, 1, 1, dimensions, attributes)
+    shard = max(1, min(shape[0], SMALL_SHARD_BYTES // max(1, one.row_bytes)))
+    chunk = max(1, min(shard, (1 << 20) // max(1, one.row_bytes)))
+    return ArrayLayout(name, shape, dtype, -(-shard // chunk) * chunk, chunk, dimensions, attributes)
+
+
+def _piece(rows: int, most: int) -> int:
+    """The largest divisor of `rows` that is at most `most`."""
+    return next(size for size in range(min(rows, most), 0, -1) if rows % size == 0)

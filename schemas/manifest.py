@@ -1,0 +1,51 @@
+"""The manifest: every object of a sealed dataset but the root and itself, one JSON line each, sorted by key."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from pydantic import ValidationError
+
+from actcache.schemas.canonical import sha256
+from actcache.schemas.errors import Corrupt
+from actcache.schemas.plan import StoredObject
+from actcache.schemas.record import first_problem
+
+_KEY = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.:\-]*(/[A-Za-z0-9_.][A-Za-z0-9_.:\-]*)*")
+
+
+def manifest_bytes(objects: Iterable[StoredObject]) -> bytes:
+    """The manifest of some objects. Nothing in it depends on when or where it was built."""
+    return b"".join(entry.to_bytes() + b"\n" for entry in sorted(objects, key=lambda entry: entry.key))
+
+
+def manifest_key(manifest_sha256: str) -> str:
+    """Key of a manifest, named by the hash of its bytes."""
+    return f".actcache/manifest-{manifest_sha256}.jsonl"
+
+
+def parse_manifest(data: bytes, manifest_sha256: str) -> list[StoredObject]:
+    """Read a manifest.
+
+    Raises:
+        Corrupt: the bytes do not hash to the name, or a line is not an entry with a harmless key.
+    """
+    where = manifest_key(manifest_sha256)
+    if sha256(data) != manifest_sha256:
+        raise Corrupt(f"{where}: its bytes hash to {sha256(data)}; copy it again from where the dataset came")
+    entries = []
+    for number, line in enumerate(data.splitlines(), 1):
+        try:
+            entry = StoredObject.model_validate_json(line)
+        except ValidationError as error:
+            raise Corrupt(f"{where}, line {number}: {first_problem(error)}") from None
+        if not safe_key(entry.key):
+            raise Corrupt(f"{where}, line {number}: key {entry.key!r} is not allowed")
+        entries.append(entry)
+    return entries
+
+
+def safe_key(key: str) -> bool:
+    """Whether a key is relative, short, free of `..` and of odd characters."""
+    return len(key) <= 1024 and _KEY.fullmatch(key) is not None and ".." not in key.split("/")

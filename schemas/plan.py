@@ -1,0 +1,89 @@
+"""The plan of a build, and the record that ends its tokenising. Nothing in either depends on time or host."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from actcache.schemas.record import Record
+from actcache.schemas.spec import ResolvedSpec
+
+FORMAT = "1.0"
+PLAN_KEY = ".actcache/plan.json"
+TOKENS_KEY = ".actcache/tokens.json"
+
+
+class ModelShape(Record):
+    """The sizes of a model. `max_context` is None where positions have no end."""
+
+    n_layers: int
+    d_model: int
+    vocab_size: int
+    max_context: int | None
+
+
+class BatchRule(Record):
+    """How the sequences that touch a block become batches: in order, `size` at a time, padded on the right.
+
+    A batch is padded to its own longest sequence with `pad_token_id`; `attention_mask` is 1 on tokens and 0 on pads
+    and is always given. So a batch depends on the block alone.
+    """
+
+    order: Literal["sequence"] = "sequence"
+    size: int
+    padding: Literal["right"] = "right"
+    pad_token_id: int = 0
+    attention_mask: Literal["always"] = "always"
+
+
+class Source(Record):
+    """One file of the corpus. `name` is relative to the fixed part of the pattern that found it."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+class Labels(Record):
+    """What things are called: for people, without effect on the content."""
+
+    model: str
+    revision: str | None = None
+    model_license: str | None = None
+    corpus: tuple[str, ...]
+    corpus_license: str | None = None
+
+
+class Plan(Record):
+    """Written first, create-only. Who resumes a build adopts it."""
+
+    format: str = FORMAT
+    key: str
+    tokens_key: str
+    spec: ResolvedSpec
+    labels: Labels
+    model: ModelShape
+    batches: BatchRule
+    sources: tuple[Source, ...]
+
+
+class StoredObject(Record):
+    """One object under a dataset's URL."""
+
+    key: str
+    size: int
+    sha256: str
+
+
+class TokensRecord(Record):
+    """Written when every token is stored: from here on block b is exactly tokens [b·T, (b+1)·T).
+
+    `content` maps each token array to the SHA-256 of its decoded little-endian bytes; `objects` are the stored ones.
+    """
+
+    n_tokens: int
+    n_sequences: int
+    n_documents: int
+    bos_token_id: int | None
+    eos_token_id: int | None
+    content: dict[str, str]
+    objects: tuple[StoredObject, ...]

@@ -1,0 +1,50 @@
+"""Receipts: the small records that a piece of work is done."""
+
+from __future__ import annotations
+
+from actcache.schemas.plan import StoredObject
+from actcache.schemas.record import Record
+
+RECEIPTS = ".actcache/receipts/"
+HEAD_RECEIPT = RECEIPTS + "head.json"
+
+
+class Receipt(Record):
+    """A block is done: every object named here is stored whole.
+
+    `mixed_attempts` names the objects that an earlier attempt wrote with other values than this one computed.
+    """
+
+    block: int
+    start: int
+    stop: int
+    objects: tuple[StoredObject, ...]
+    mixed_attempts: tuple[str, ...] = ()
+
+
+class HeadReceipt(Record):
+    """The head's arrays are stored. `arrays` are their names below `head/` and `operations` what to do with them."""
+
+    arrays: dict[str, HeadArray]
+    operations: tuple[dict[str, str | float], ...]
+    objects: tuple[StoredObject, ...]
+
+
+class HeadArray(Record):
+    """Shape and stored dtype of one array of the head."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+HeadReceipt.model_rebuild()
+
+
+def receipt_key(block: int) -> str:
+    """Key of a block's receipt."""
+    return f"{RECEIPTS}{block:06d}.json"
+
+
+def statistics_key(block: int) -> str:
+    """Key of a block's statistics while building: per site the mean, then the sum of squared deviations, float64."""
+    return f".actcache/statistics/{block:06d}.f64"
