@@ -22,7 +22,7 @@ _NATIVE = np.dtype(ml_dtypes.bfloat16)
 class BFloat16(ZDType[Any, Any], HasEndianness, HasItemSize):
     """Zarr data type `bfloat16`, numpy dtype `ml_dtypes.bfloat16`."""
 
-    dtype_cls = type(_NATIVE)  # type: ignore[assignment]
+    dtype_cls = type(_NATIVE)
     _zarr_v3_name: ClassVar[Literal["bfloat16"]] = "bfloat16"
 
     @property
@@ -38,7 +38,7 @@ class BFloat16(ZDType[Any, Any], HasEndianness, HasItemSize):
         raise DataTypeValidationError(f"{dtype} is not bfloat16")
 
     def to_native_dtype(self) -> Any:
-        """numpy's `bfloat16`, little-endian as every stored array."""
+        """Numpy's `bfloat16`, little-endian as every stored array."""
         return _NATIVE
 
     @classmethod
@@ -78,7 +78,7 @@ class BFloat16(ZDType[Any, Any], HasEndianness, HasItemSize):
 
     def to_json_scalar(self, data: object, *, zarr_format: Any) -> Any:
         """A fill value as JSON."""
-        return float_to_json_v3(float(cast(Any, data)))
+        return float_to_json_v3(float(cast("Any", data)))
 
 
 def register() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -36,7 +37,7 @@ class Head:
             x = self._apply(operation, x)
         return x
 
-    def _apply(self, operation: Operation, x: np.ndarray) -> np.ndarray:
+    def _apply(self, operation: Operation, x: np.ndarray) -> Any:
         kind = operation.get("op")
         if kind == "layer_norm":
             centred = x - x.mean(axis=-1, keepdims=True)

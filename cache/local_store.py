@@ -130,7 +130,7 @@ class LocalStore(Store):
         for attempt in (1, 2, 3):
             _make_folder(path.parent)
             try:
-                file = open(path, "wb")
+                file = open(path, "wb")  # noqa: SIM115  (closed below)
                 break
             except FileNotFoundError:  # another writer just removed the empty folder
                 if attempt == 3:

@@ -49,7 +49,9 @@ class Location:
         if parts.query or parts.fragment:
             raise InvalidInput(f"{text}: a query or fragment has no meaning in a dataset's URL; leave it out")
         if parts.username or parts.password:
-            raise InvalidInput(f"{scheme}://{parts.hostname}: no user or password in a URL; use a profile or the environment")
+            raise InvalidInput(
+                f"{scheme}://{parts.hostname}: no user or password in a URL; use a profile or the environment"
+            )
         if not parts.netloc:
             raise InvalidInput(f"{text}: no {'bucket' if scheme == 's3' else 'host'} in the URL")
         path = "/".join(piece for piece in parts.path.split("/") if piece)

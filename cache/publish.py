@@ -51,7 +51,9 @@ def publish(store: Store, key: str, data: bytes | bytearray) -> Published:
             continue
         found = StoredObject(key=key, size=len(there), sha256=sha256(there))
         return Published(mine) if found == mine else Published(found, there)
-    raise StoreError(f"{store.location.child(key)}: exists and does not exist; another program is deleting objects here")
+    raise StoreError(
+        f"{store.location.child(key)}: exists and does not exist; another program is deleting objects here"
+    )
 
 
 def publish_metadata(store: Store, layout: ArrayLayout) -> StoredObject:
@@ -100,7 +102,9 @@ def publish_shard(store: Store, layout: ArrayLayout, index: int, data: bytearray
     try:
         theirs = decode_shard(layout, published.other, high - low, where)
     except Corrupt as error:
-        raise Corrupt(f"{where}: holds something that is no shard of this array; remove it and run again ({error})") from None
+        raise Corrupt(
+            f"{where}: holds something that is no shard of this array; remove it and run again ({error})"
+        ) from None
     mine = decode_shard(layout, data, high - low, where)
     if mine.tobytes() == theirs.tobytes():
         return PublishedShard(published.stored)

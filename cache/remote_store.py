@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
 from functools import cached_property
@@ -72,11 +72,8 @@ class RemoteStore(Store):
 
     def delete(self, key: str) -> None:
         """See `Store`."""
-        with self._translated(key):
-            try:
-                obstore.delete(self.objects, key)
-            except FileNotFoundError:
-                pass
+        with self._translated(key), suppress(FileNotFoundError):
+            obstore.delete(self.objects, key)
 
     def list(self, prefix: str = "") -> dict[str, int]:
         """See `Store`."""
@@ -152,7 +149,9 @@ class S3Store(RemoteStore):
         except OSError as error:
             raise StoreError(f"{self.location}: cannot be listed: {_reason(error)}") from None
         names = [(str(entry["name"]).rstrip("/").rsplit("/", 1)[-1], entry["type"]) for entry in found]
-        return {name for name, kind in names if kind == "directory"}, {name for name, kind in names if kind != "directory"}
+        return {name for name, kind in names if kind == "directory"}, {
+            name for name, kind in names if kind != "directory"
+        }
 
     @cached_property
     def names(self) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from collections.abc import Iterable
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from actcache.cache.lease import LEASES
 from actcache.cache.opening import SealedRoot, read_plan, read_root
 from actcache.cache.publish import publish, publish_array, publish_document
@@ -181,8 +183,9 @@ def _members(parts: _Parts) -> dict[str, dict[str, Any]]:
 def _objects(store: Store, parts: _Parts, members: dict[str, dict[str, Any]], pool: Executor) -> Iterable[StoredObject]:
     """Everything for the manifest; writes the statistics and the groups' metadata."""
     objects = {entry.key: entry for entry in [*parts.records, *parts.tokens.objects]}
-    for part in [*parts.receipts, *([parts.head] if parts.head else [])]:
-        objects |= {entry.key: entry for entry in part.objects}
+    for receipt in parts.receipts:
+        objects |= {entry.key: entry for entry in receipt.objects}
+    objects |= {entry.key: entry for entry in (parts.head.objects if parts.head else ())}
     for site, moments in parts.moments.items():
         rows = np.stack([moments.mean, moments.variance])
         objects |= {entry.key: entry for entry in publish_array(store, _statistics_layout(site, moments), rows, pool)}
@@ -215,7 +218,7 @@ def _root(
         "began": began.isoformat(timespec="seconds") if began else None,
         "sealed": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    roles = {name: {"role": "token"} for name in parts.grid.token_arrays()}
+    roles: dict[str, dict[str, str | int]] = {name: {"role": "token"} for name in parts.grid.token_arrays()}
     roles |= {site: {"role": "site", "generation": 0} for site in plan.spec.sites}
     roles[NORM] = {"role": "norm", "generation": 0}
     roles |= {LOSS: {"role": "output", "generation": 0}} if "loss" in plan.spec.outputs else {}
@@ -239,8 +242,6 @@ def _root(
 
 
 def _environments(store: Store) -> list[dict[str, Any]]:
-    import json
-
     return [json.loads(bytes(store.get(key))) for key in sorted(store.list(ENVIRONMENTS))]
 
 
@@ -249,6 +250,8 @@ def software() -> dict[str, str | None]:
     folder = Path(os.path.realpath(__file__)).parent.parent
     commit = None
     if (folder / ".git").exists():
-        asked = subprocess.run(["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        asked = subprocess.run(
+            ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        )
         commit = asked.stdout.strip() or None
     return {"actcache": metadata.version("actcache"), "git_commit": commit}

@@ -47,7 +47,9 @@ class ShardEncoder:
         """
         layout = self._layout
         if rows.dtype != layout.numpy_dtype or rows.shape[1:] != layout.row_shape:
-            raise ValueError(f"{layout.name}: rows of {rows.dtype} {rows.shape[1:]}, not {layout.dtype} {layout.row_shape}")
+            raise ValueError(
+                f"{layout.name}: rows of {rows.dtype} {rows.shape[1:]}, not {layout.dtype} {layout.row_shape}"
+            )
         if len(self._pieces) * layout.chunk_rows + self._filled + len(rows) > layout.shard_rows:
             raise ValueError(f"{layout.name}: more rows than the {layout.shard_rows} of a shard")
         while len(rows):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 
 from actcache.cache.location import Location
@@ -74,8 +75,8 @@ class Store(ABC):
         except NotFound:
             return None
 
-    def clean_staging(self) -> None:
-        """Remove what dead writers left half-written outside any key. Nothing to do where a PUT is atomic."""
+    def clean_staging(self) -> None:  # noqa: B027  (nothing to do where a PUT is atomic)
+        """Remove what dead writers left half-written outside any key."""
 
     def probe_create_only(self) -> None:
         """Check that the store refuses to create a key twice; some S3-compatible servers accept and overwrite.
@@ -113,6 +114,11 @@ def open_store(
     from actcache.cache.remote_store import HttpStore, MemoryStore, S3Store
 
     location = Location.of(url, endpoint_url=endpoint_url, profile=profile, anonymous=anonymous)
-    kinds = {"file": LocalStore, "s3": S3Store, "http": HttpStore, "https": HttpStore, "memory": MemoryStore}
+    kinds: dict[str, Callable[[Location], Store]] = {
+        "file": LocalStore,
+        "s3": S3Store,
+        "http": HttpStore,
+        "https": HttpStore,
+        "memory": MemoryStore,
+    }
     return kinds[location.scheme](location)
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
@@ -100,8 +101,6 @@ def _incomplete(root: SealedRoot, expected: dict[str, StoredObject]) -> Iterable
 
 
 def _consolidated(root: SealedRoot) -> dict[str, object]:
-    import json
-
     members: dict[str, object] = json.loads(root.data)["consolidated_metadata"]["metadata"]
     return members
 

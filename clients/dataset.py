@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -31,7 +31,9 @@ class TokenArrays(Mapping[str, np.ndarray]):
 
     def __init__(self, store: Store, root: SealedRoot) -> None:
         self._store = store
-        self._layouts = {name: root.layouts[name] for name, role in root.attributes.arrays.items() if role.role == "token"}
+        self._layouts = {
+            name: root.layouts[name] for name, role in root.attributes.arrays.items() if role.role == "token"
+        }
         self._kept: dict[str, np.ndarray] = {}
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -130,7 +132,8 @@ class Dataset:
         missing = [site for site in wanted if site not in self.sites]
         if missing:
             raise NotFound(f"{self.url}: ds.resid needs every residual state, and {missing[0]!r} was not stored")
-        return da.stack([self.site(site) for site in wanted])
+        stacked: da.Array = da.stack([self.site(site) for site in wanted])  # type: ignore[no-untyped-call]
+        return stacked
 
     @property
     def sequence_start(self) -> np.ndarray:

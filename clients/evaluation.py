@@ -32,4 +32,4 @@ def pairs(ds: Dataset, max_tokens: int | None = None) -> tuple[np.ndarray, np.nd
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     """Log-probabilities along the last axis, float32."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))

@@ -28,7 +28,7 @@ class StoredArray:
         self.shape = layout.shape
         self.ndim = len(layout.shape)
 
-    def __getitem__(self, index: Any) -> np.ndarray:
+    def __getitem__(self, index: Any) -> Any:
         """Rows by one slice of the first axis, then whatever numpy makes of the rest of the index."""
         index = index if isinstance(index, tuple) else (index,)
         rows, rest = index[0], index[1:]
@@ -78,7 +78,7 @@ def lazy_array(location: Location, manifest: str, layout: ArrayLayout, dtype: np
 
     stored = StoredArray(location, manifest, layout, dtype or layout.numpy_dtype)
     chunks = (layout.shard_rows, *layout.row_shape)
-    return da.from_array(
+    array: da.Array = da.from_array(  # type: ignore[no-untyped-call]
         stored,
         chunks=chunks,
         name=f"{layout.name}-{tokenize(stored)}",
@@ -88,3 +88,4 @@ def lazy_array(location: Location, manifest: str, layout: ArrayLayout, dtype: np
         meta=np.empty((0,) * stored.ndim, stored.dtype),
         inline_array=True,
     )
+    return array

@@ -108,7 +108,11 @@ def train(tokens: np.ndarray, minutes: float, seed: int) -> tuple[GPT2LMHeadMode
     optimizer = torch.optim.AdamW(groups, lr=PEAK_RATE, betas=(0.9, 0.95))
     start, step, budget = time.monotonic(), 0, minutes * 60
     while (spent := time.monotonic() - start) < budget:
-        rate = PEAK_RATE * min(1.0, (step + 1) / WARMUP_STEPS) * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * spent / budget)))
+        rate = (
+            PEAK_RATE
+            * min(1.0, (step + 1) / WARMUP_STEPS)
+            * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * spent / budget)))
+        )
         for group in optimizer.param_groups:
             group["lr"] = rate
         starts = random.integers(0, len(tokens) - CONTEXT, size=BATCH)
@@ -162,6 +166,7 @@ every example, test and demonstration runs on a model that was really trained.
 
 
 def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the model, its tokenizer and its card go")
     parser.add_argument("--minutes", type=float, default=40.0)

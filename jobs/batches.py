@@ -34,15 +34,25 @@ def touching(sequence_start: np.ndarray, start: int, stop: int) -> range:
     return range(first, last)
 
 
-def batches(rule: BatchRule, sequence_start: np.ndarray, token_id: np.ndarray, offset: int, start: int, stop: int) -> Iterator[Batch]:
+def batches(
+    rule: BatchRule, sequence_start: np.ndarray, token_id: np.ndarray, offset: int, start: int, stop: int
+) -> Iterator[Batch]:
     """The batches of the block [start, stop). `token_id[i]` is the token at `offset + i`."""
     wanted = touching(sequence_start, start, stop)
     for first in range(wanted.start, wanted.stop, rule.size):
-        yield make_batch(rule, sequence_start, token_id, offset, range(first, min(first + rule.size, wanted.stop)), start, stop)
+        yield make_batch(
+            rule, sequence_start, token_id, offset, range(first, min(first + rule.size, wanted.stop)), start, stop
+        )
 
 
 def make_batch(
-    rule: BatchRule, sequence_start: np.ndarray, token_id: np.ndarray, offset: int, sequences: range, start: int, stop: int
+    rule: BatchRule,
+    sequence_start: np.ndarray,
+    token_id: np.ndarray,
+    offset: int,
+    sequences: range,
+    start: int,
+    stop: int,
 ) -> Batch:
     """Sequences as one batch, padded on the right to the longest; tokens outside [start, stop) are run and not kept."""
     starts = sequence_start[sequences.start : sequences.stop]
@@ -56,7 +66,12 @@ def make_batch(
     token = starts[:, None] + position
     keep = mask & (token >= start) & (token < stop)
     return Batch(
-        sequences, starts, lengths, torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64)), torch.from_numpy(keep)
+        sequences,
+        starts,
+        lengths,
+        torch.from_numpy(ids),
+        torch.from_numpy(mask.astype(np.int64)),
+        torch.from_numpy(keep),
     )
 
 

@@ -89,7 +89,9 @@ class BlockRunner:
             computed.measured[site].append(self._pool.submit(_inspect, site, first_token, values, narrowed))
 
         wants_loss = "loss" in spec.outputs
-        state = run(self._parts, batch.input_ids.to(device), batch.attention_mask.to(device), spec.sites, take, wants_loss)
+        state = run(
+            self._parts, batch.input_ids.to(device), batch.attention_mask.to(device), spec.sites, take, wants_loss
+        )
         if state is not None and wants_loss:
             computed.loss.append(next_token_loss(self._parts, state, batch))
 
@@ -104,7 +106,7 @@ class BlockRunner:
         objects: list[StoredObject] = []
         mixed: list[str] = []
 
-        def note(layout_name: str, shard: PublishedShard) -> None:
+        def note(shard: PublishedShard) -> None:
             objects.append(shard.stored)
             if shard.kept is not None:
                 mixed.append(shard.stored.key)
@@ -113,7 +115,7 @@ class BlockRunner:
         for site in grid.plan.spec.sites:
             parts = [future.result() for future in computed.measured[site]]
             shard = publish_shard(self._store, grid.site(site), block, computed.encoders.pop(site).finish())
-            note(site, shard)
+            note(shard)
             if shard.kept is not None:  # statistics are of what is stored
                 parts = [measure(shard.kept)]
             whole = parts[0][0]
@@ -122,10 +124,10 @@ class BlockRunner:
             moments.append(whole)
             norms.append(np.concatenate([norm for _, norm in parts]))
         rows = np.stack(norms, axis=1)
-        note("norm", publish_shard(self._store, grid.norm, block, encode_shard(grid.norm, rows, self._pool)))
+        note(publish_shard(self._store, grid.norm, block, encode_shard(grid.norm, rows, self._pool)))
         if computed.loss:
             data = encode_shard(grid.loss, np.concatenate(computed.loss), self._pool)
-            note("loss", publish_shard(self._store, grid.loss, block, data))
+            note(publish_shard(self._store, grid.loss, block, data))
         objects.append(self._publish_statistics(block, moments))
         receipt = Receipt(
             block=block, start=computed.start, stop=computed.stop, objects=tuple(objects), mixed_attempts=tuple(mixed)
@@ -140,7 +142,10 @@ class BlockRunner:
         if published.other is not None:
             try:
                 theirs = unpack(published.other, [len(part.mean) for part in moments], moments[0].count)
-                same = all(np.allclose(a.mean, b.mean) and np.allclose(a.m2, b.m2) for a, b in zip(moments, theirs, strict=True))
+                same = all(
+                    np.allclose(a.mean, b.mean) and np.allclose(a.m2, b.m2)
+                    for a, b in zip(moments, theirs, strict=True)
+                )
             except ValueError:
                 same = False
             if not same:
@@ -157,7 +162,9 @@ def _inspect(site: str, first_token: int, values: np.ndarray, before: torch.Tens
         where = f"{site}, token {first_token + row}, dimension {column}"
         value = float(values[row, column] if before is None else before[row, column])
         if before is not None and np.isfinite(value):
-            raise OutOfRange(f"{where}: {value!r} does not fit into {values.dtype.name}; use --dtype float32 or bfloat16")
+            raise OutOfRange(
+                f"{where}: {value!r} does not fit into {values.dtype.name}; use --dtype float32 or bfloat16"
+            )
         raise OutOfRange(f"{where}: the model computed {value!r}; try --compute-dtype float32")
     return moments, norms
 

@@ -114,7 +114,9 @@ def _place(store: Store, resolved: Resolved) -> None:
         folders, names = store.children("")
         if folders - {".actcache"} or names:
             found = sorted((folders - {".actcache"}) | names)[0]
-            raise InvalidInput(f"{store.location}: not empty (there is {found!r}); give a URL of its own to the dataset")
+            raise InvalidInput(
+                f"{store.location}: not empty (there is {found!r}); give a URL of its own to the dataset"
+            )
         store.probe_create_only()
         published = publish(store, PLAN_KEY, resolved.plan.to_bytes())
         if published.other is not None:

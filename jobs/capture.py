@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +56,12 @@ class _Finished(Exception):
 
 @torch.inference_mode()
 def run(
-    parts: ModelParts, input_ids: torch.Tensor, attention_mask: torch.Tensor, sites: Iterable[str], sink: Sink, whole: bool = False
+    parts: ModelParts,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    sites: Iterable[str],
+    sink: Sink,
+    whole: bool = False,
 ) -> torch.Tensor | None:
     """Run a batch (sequence, position) and hand each site's tensor (sequence, position, d_model) to `sink`, in model order.
 
@@ -76,14 +81,14 @@ def run(
             raise _Finished
 
     state = None
-    with _hooked(wanted, take):
-        try:
-            state = parts.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-        except _Finished:
-            pass
+    with _hooked(wanted, take), suppress(_Finished):
+        outputs = parts.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        state = outputs.last_hidden_state
     if sorted(seen) != sorted(tap.site for tap in wanted):
         odd = sorted({tap.site for tap in wanted} ^ set(seen)) or [site for site in seen if seen.count(site) > 1]
-        raise ProofFailed(f"{odd[0]} was not read exactly once in a forward pass; the model's blocks are not run in order")
+        raise ProofFailed(
+            f"{odd[0]} was not read exactly once in a forward pass; the model's blocks are not run in order"
+        )
     return state
 
 

@@ -113,7 +113,9 @@ def locate(model: str, revision: str | None) -> Checkpoint:
             raise InvalidInput(f"{model}: a local folder has no revision; leave --revision out")
         name, pinned = folder.resolve().name, None
     elif folder.is_file() or model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise InvalidInput(f"{model}: no such folder; give one that save_pretrained wrote, or a hub id such as openai-community/gpt2")
+        raise InvalidInput(
+            f"{model}: no such folder; give one that save_pretrained wrote, or a hub id such as openai-community/gpt2"
+        )
     else:
         folder = _download(model, revision)
         name, pinned = model, folder.name if _COMMIT.fullmatch(folder.name) else None
@@ -125,7 +127,12 @@ def locate(model: str, revision: str | None) -> Checkpoint:
 
 def _download(model: str, revision: str | None) -> Path:
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     at = f"{model}@{revision}" if revision else model
     try:
@@ -133,7 +140,9 @@ def _download(model: str, revision: str | None) -> Path:
     except (RepositoryNotFoundError, HFValidationError):
         raise InvalidInput(f"{at}: neither a folder nor a model on the hub (a private one needs HF_TOKEN)") from None
     except LocalEntryNotFoundError:
-        raise InvalidInput(f"{at}: not a folder here, not in the local hub cache, and the hub cannot be reached") from None
+        raise InvalidInput(
+            f"{at}: not a folder here, not in the local hub cache, and the hub cannot be reached"
+        ) from None
     except HfHubHTTPError as error:
         raise StoreError(f"{at}: the hub failed: {str(error).splitlines()[0]}") from None
 

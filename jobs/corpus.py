@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Literal, cast
 
 from actcache.jobs.fingerprint import file_sha256
 from actcache.schemas.canonical import digest
@@ -80,7 +80,9 @@ class Corpus:
             raise InvalidInput(f"{where}: not JSON: {error}") from None
         if not isinstance(value, dict) or not isinstance(value.get(self.text_field), str):
             names = ", ".join(value) if isinstance(value, dict) else type(value).__name__
-            raise InvalidInput(f"{where}: no text in field {self.text_field!r} (there is: {names}); choose with --text-field")
+            raise InvalidInput(
+                f"{where}: no text in field {self.text_field!r} (there is: {names}); choose with --text-field"
+            )
         return str(value[self.text_field])
 
 
@@ -98,12 +100,15 @@ def open_corpus(patterns: tuple[str, ...], text_field: str) -> Corpus:
             found.setdefault(path, name)
     kinds = {"jsonl" if path.name.endswith(_JSONL) else "text" for path in found}
     if len(kinds) > 1:
-        raise InvalidInput("the corpus mixes JSONL with other files; build them as two datasets, or narrow the patterns")
+        raise InvalidInput(
+            "the corpus mixes JSONL with other files; build them as two datasets, or narrow the patterns"
+        )
     files = tuple(found)
     try:
         hashes = file_sha256(list(files))
         sources = tuple(
-            Source(name=found[path], bytes=path.stat().st_size, sha256=sha) for path, sha in zip(files, hashes, strict=True)
+            Source(name=found[path], bytes=path.stat().st_size, sha256=sha)
+            for path, sha in zip(files, hashes, strict=True)
         )
     except OSError as error:
         raise InvalidInput(f"{error.filename}: cannot be read: {error.strerror}") from None
@@ -134,9 +139,9 @@ def _fixed_part(pattern: str) -> Path:
 
 def _opened(path: Path) -> IO[bytes]:
     if path.suffix == ".gz":
-        return gzip.open(path, "rb")
+        return cast("IO[bytes]", gzip.open(path, "rb"))
     if path.suffix == ".zst":
         import zstandard
 
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(open(path, "rb"), read_across_frames=True))
-    return open(path, "rb")
+        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True))
+    return path.open("rb")

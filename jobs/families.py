@@ -21,7 +21,9 @@ def family_of(config: Mapping[str, Any], where: str) -> str:
     """
     family = config.get("model_type")
     if family not in _SIZES:
-        raise Unsupported(f"{where}: model type {family!r} cannot be captured by this version; it can: {', '.join(_SIZES)}")
+        raise Unsupported(
+            f"{where}: model type {family!r} cannot be captured by this version; it can: {', '.join(_SIZES)}"
+        )
     return str(family)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
@@ -24,7 +26,8 @@ def tolerance(dtype: str, n_layers: int) -> float:
     Rounding errors of n_layers + 1 additions to the stream grow as the square root of their number; the factor 16 covers
     what kernels do inside a block. The floor is for float32, whose smallest errors no one minds.
     """
-    return max(1e-4, 16 * float(torch.finfo(getattr(torch, dtype)).eps) * (n_layers + 1) ** 0.5)
+    eps = float(torch.finfo(getattr(torch, dtype)).eps)
+    return max(1e-4, 16 * eps * math.sqrt(n_layers + 1))
 
 
 def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -54,7 +57,9 @@ def prove(parts: ModelParts, batch: Batch, dtype: str) -> dict[str, float]:
         last = states[names.resid_post(n_layers - 1)]
         own = mask.bool()
         errors = {"logits": relative_error(parts.unembedding(parts.final_norm(last))[own], logits[own])}
-        errors["stream"] = max([0.0, *(relative_error(states[names.resid_post(i - 1)], pres[i]) for i in range(1, n_layers))])
+        errors["stream"] = max(
+            [0.0, *(relative_error(states[names.resid_post(i - 1)], pres[i]) for i in range(1, n_layers))]
+        )
         errors["attention"] = max(
             relative_error(pres[i] + states[names.attn_out(i)], states[names.resid_mid(i)]) for i in range(n_layers)
         )
@@ -84,7 +89,9 @@ def _few(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     return batch.input_ids[:count], batch.attention_mask[:count]
 
 
-def _states(parts: ModelParts, ids: torch.Tensor, mask: torch.Tensor) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+def _states(
+    parts: ModelParts, ids: torch.Tensor, mask: torch.Tensor
+) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
     """Every site's tensor, and what each block's forward pass was really given."""
     states: dict[str, torch.Tensor] = {}
     pres: list[torch.Tensor] = []
@@ -93,7 +100,8 @@ def _states(parts: ModelParts, ids: torch.Tensor, mask: torch.Tensor) -> tuple[d
         states[site] = tensor.clone()
 
     handles = [
-        block.block.register_forward_pre_hook(lambda module, args: pres.append(args[0].clone())) for block in parts.blocks
+        block.block.register_forward_pre_hook(lambda module, args: pres.append(args[0].clone()))
+        for block in parts.blocks
     ]
     try:
         run(parts, ids.to(parts.device), mask.to(parts.device), all_sites(len(parts.blocks)), keep, whole=True)

@@ -89,7 +89,9 @@ def layout_of(spec: Spec, shape: ModelShape, context: int, stored_dtype: str) ->
     block = spec.block_tokens
     if block is None:
         least = max(CONTEXTS_PER_BLOCK * context, SHARD_BYTES // row)
-        block = max(1, SHARD_BYTES // row // chunk) * chunk if least == SHARD_BYTES // row else -(-least // chunk) * chunk
+        block = (
+            max(1, SHARD_BYTES // row // chunk) * chunk if least == SHARD_BYTES // row else -(-least // chunk) * chunk
+        )
     elif spec.chunk_tokens is None:
         chunk = next(size for size in range(min(chunk, block), 0, -1) if block % size == 0)
     if block % chunk:

@@ -21,10 +21,10 @@ from actcache.jobs.proof import prove
 from actcache.jobs.replay import replay
 from actcache.jobs.resolve import Resolved
 from actcache.jobs.tokenise import load_tokenizer, tokenise
+from actcache.schemas.array import head_group
 from actcache.schemas.canonical import canonical, sha256
 from actcache.schemas.errors import ActcacheError
 from actcache.schemas.grid import Grid
-from actcache.schemas.array import head_group
 from actcache.schemas.plan import StoredObject
 from actcache.schemas.receipt import HEAD_RECEIPT, RECEIPTS, HeadArray, HeadReceipt, Receipt, receipt_key
 from actcache.schemas.root import ROOT_KEY
@@ -104,7 +104,9 @@ def _prepare(store: Store, grid: Grid, parts: ModelParts, runner: BlockRunner, p
         layout = head_layout(name, array.shape, array.dtype.name)
         stored += publish_array(store, layout, array, pool)
         arrays[name] = HeadArray(shape=array.shape, dtype=layout.dtype)
-    publish(store, HEAD_RECEIPT, HeadReceipt(arrays=arrays, operations=head.operations, objects=tuple(stored)).to_bytes())
+    publish(
+        store, HEAD_RECEIPT, HeadReceipt(arrays=arrays, operations=head.operations, objects=tuple(stored)).to_bytes()
+    )
 
 
 class _Blocks:
@@ -115,7 +117,7 @@ class _Blocks:
         self._grid = grid
         self._runner = runner
         self._reporter = reporter
-        done = {key for key in store.list(RECEIPTS)}
+        done = set(store.list(RECEIPTS))
         self._pending = [block for block in range(grid.n_blocks) if receipt_key(block) not in done]
         before = grid.n_tokens - sum(self._length(block) for block in self._pending)
         self.count = 0
@@ -173,4 +175,3 @@ class _Blocks:
     def _length(self, block: int) -> int:
         start, stop = self._grid.block_range(block)
         return stop - start
-

@@ -42,7 +42,9 @@ def load_tokenizer(folder: Path) -> Any:
         raise InvalidInput(f"{folder}: the tokenizer cannot be loaded: {str(error).strip().splitlines()[0]}") from None
 
 
-def tokenise(store: Store, plan: Plan, corpus: Corpus, tokenizer: Callable[[], Any], pool: Executor, tick: Tick) -> TokensRecord:
+def tokenise(
+    store: Store, plan: Plan, corpus: Corpus, tokenizer: Callable[[], Any], pool: Executor, tick: Tick
+) -> TokensRecord:
     """Store the token axis, or find it stored. One worker does it under a lease, others wait for it.
 
     `tick` is called with the number of tokens so far.
@@ -81,7 +83,7 @@ class Axis:
         if name == "document_row":
             return self.document_row[start:stop]
         if name == "token_id":
-            return np.asarray(self.token_id[start:stop])
+            return np.array(self.token_id[start:stop])
         if name == "special":
             return self._special(start, stop)
         token = np.arange(start, stop)
@@ -90,7 +92,7 @@ class Axis:
         if name in ("document", "sequence"):
             return owner
         position = token - starts[owner]
-        return position.astype(np.int32) if name == "position" else position
+        return np.asarray(position, np.int32 if name == "position" else np.int64)
 
     def _special(self, start: int, stop: int) -> np.ndarray:
         ids = self.token_id[start:stop]
@@ -173,7 +175,7 @@ def _store(store: Store, axis: Axis, pool: Executor) -> TokensRecord:
         hashed = hashlib.sha256()
         for index in range(layout.n_shards):
             rows = np.ascontiguousarray(axis.rows(name, *layout.shard_range(index)))
-            hashed.update(rows)
+            hashed.update(rows.data)
             shard = publish_shard(store, layout, index, encode_shard(layout, rows, pool))
             if shard.kept is not None:
                 raise SpecMismatch(
@@ -196,6 +198,7 @@ def _store(store: Store, axis: Axis, pool: Executor) -> TokensRecord:
         return record
     theirs = TokensRecord.from_bytes(bytes(published.other), str(store.location.child(TOKENS_KEY)))
     if theirs.content != record.content:
-        raise SpecMismatch(f"{store.location.child(TOKENS_KEY)}: another build stored other tokens here; build into another URL")
+        raise SpecMismatch(
+            f"{store.location.child(TOKENS_KEY)}: another build stored other tokens here; build into another URL"
+        )
     return theirs
-

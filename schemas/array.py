@@ -182,7 +182,7 @@ class ArrayLayout:
             raise Unsupported(f"{name}/zarr.json: format 1 cuts arrays along the first axis alone")
         try:
             layout = cls(name, shape, dtype, shard[0], chunk[0], dimensions, attributes)
-            layout.numpy_dtype
+            numpy_dtype(dtype)
         except InvalidInput as error:
             raise Unsupported(f"{name}/zarr.json: {error}") from None
         if layout.chunk_bytes > MAX_CHUNK_BYTES or layout.chunks_per_shard > MAX_SHARD_CHUNKS:

@@ -117,7 +117,7 @@ class Grid:
 
     def statistics(self) -> dict[str, int]:
         """Each site's width, in the order of a block's statistics object."""
-        return {name: self.plan.model.d_model for name in self.plan.spec.sites}
+        return dict.fromkeys(self.plan.spec.sites, self.plan.model.d_model)
 
 
 def token_layouts(n_tokens: int, n_sequences: int, n_documents: int) -> dict[str, ArrayLayout]:
@@ -133,7 +133,9 @@ def token_layouts(n_tokens: int, n_sequences: int, n_documents: int) -> dict[str
     return arrays
 
 
-def whole_layout(name: str, shape: tuple[int, ...], dtype: str, dimensions: tuple[str, ...], **attributes: object) -> ArrayLayout:
+def whole_layout(
+    name: str, shape: tuple[int, ...], dtype: str, dimensions: tuple[str, ...], **attributes: object
+) -> ArrayLayout:
     """An array that is written at once: head weights, statistics. Shards of at most 64 MiB, chunks of at most 1 MiB."""
     one = ArrayLayout(name, shape, dtype, 1, 1, dimensions, attributes)
     shard = max(1, min(shape[0], SMALL_SHARD_BYTES // max(1, one.row_bytes)))

@@ -147,5 +147,7 @@ def _attributes(document: Any, where: str) -> dict[str, Any]:
         raise Unsupported(f"{where}: a Zarr group, but no actcache dataset; open it with zarr.open_group")
     major = own["format"].split(".")[0]
     if not major.isdecimal() or int(major) > MAJOR:
-        raise Unsupported(f"{where}: format {own['format']} is newer than this actcache reads ({FORMAT}); upgrade actcache")
+        raise Unsupported(
+            f"{where}: format {own['format']} is newer than this actcache reads ({FORMAT}); upgrade actcache"
+        )
     return own

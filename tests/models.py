@@ -40,7 +40,13 @@ def save_gpt2(
     vocabulary = save_tokenizer(folder)
     torch.manual_seed(seed)
     config = GPT2Config(
-        vocab_size=vocabulary, n_positions=context, n_embd=width, n_layer=layers, n_head=4, bos_token_id=0, eos_token_id=0
+        vocab_size=vocabulary,
+        n_positions=context,
+        n_embd=width,
+        n_layer=layers,
+        n_head=4,
+        bos_token_id=0,
+        eos_token_id=0,
     )
     model = GPT2LMHeadModel(config)
     with torch.no_grad():

@@ -27,7 +27,12 @@ class ManyCorpora(click.Command):
         corpora: list[str] = []
         others: list[str] = []
         words: list[str] = []
-        flags = {name for p in self.params if isinstance(p, click.Option) and p.is_flag for name in (*p.opts, *p.secondary_opts)}
+        flags = {
+            name
+            for p in self.params
+            if isinstance(p, click.Option) and p.is_flag
+            for name in (*p.opts, *p.secondary_opts)
+        }
         index = 0
         while index < len(args):
             word = args[index]
@@ -62,15 +67,27 @@ class ManyCorpora(click.Command):
 @click.option("--corpus", multiple=True, metavar="C…", help="Text or .jsonl[.gz|.zst] files, or quoted globs.")
 @click.option("--text-field", metavar="NAME", help="Field of a JSONL row that holds its text.  [default: text]")
 @click.option("--context", type=int, metavar="N", help="Longest sequence in tokens.  [default: 1024, or the model's]")
-@click.option("--sites", metavar="PATTERN", help="What to store: 'resid', 'all', or globs of site names.  [default: resid]")
-@click.option("--dtype", type=click.Choice(["auto", *ACTIVATION_DTYPES]), help="Stored dtype.  [default: auto, as computed]")
-@click.option("--compute-dtype", type=click.Choice(ACTIVATION_DTYPES), help="Dtype of the forward pass.  [default: the checkpoint's]")
-@click.option("--with", "outputs", multiple=True, type=click.Choice(["loss"]), help="Also store the next-token loss (nats).")
+@click.option(
+    "--sites", metavar="PATTERN", help="What to store: 'resid', 'all', or globs of site names.  [default: resid]"
+)
+@click.option(
+    "--dtype", type=click.Choice(["auto", *ACTIVATION_DTYPES]), help="Stored dtype.  [default: auto, as computed]"
+)
+@click.option(
+    "--compute-dtype",
+    type=click.Choice(ACTIVATION_DTYPES),
+    help="Dtype of the forward pass.  [default: the checkpoint's]",
+)
+@click.option(
+    "--with", "outputs", multiple=True, type=click.Choice(["loss"]), help="Also store the next-token loss (nats)."
+)
 @click.option("--no-head", "head", flag_value=False, default=None, help="Do not store final norm and unembedding.")
 @click.option("--max-tokens", type=int, metavar="N", help="Stop after this many tokens of the corpus.")
 @click.option("--batch-size", type=int, metavar="B", help="Sequences a forward pass.  [default: about 8192 tokens]")
 @click.option("--block-tokens", type=int, metavar="T", help="Tokens a block and shard.  [default: about 64 MiB]")
-@click.option("--chunk-tokens", type=int, metavar="t", help="Tokens a chunk, the least that is read.  [default: at most 512 KiB]")
+@click.option(
+    "--chunk-tokens", type=int, metavar="t", help="Tokens a chunk, the least that is read.  [default: at most 512 KiB]"
+)
 @click.option("--model-license", metavar="ID", help="Licence to record.  [default: from the model's card]")
 @click.option("--corpus-license", metavar="ID", help="Licence of the corpus, to record.")
 @click.option("--stage", type=click.Choice(STAGES), default="all", help="Stop after a stage.", show_default=True)
@@ -145,4 +162,3 @@ def seal_command(url: str, endpoint_url: str | None, profile: str | None, as_jso
         print_json({"url": store.location.url, "state": state, "key": generation.key, "manifest": generation.manifest})
     else:
         click.echo(f"{store.location.url}: {state}\nmanifest {generation.manifest}")
-

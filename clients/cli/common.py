@@ -71,7 +71,12 @@ class OneLineErrors(click.Group):
             click.echo("actcache: stopped; run the same command again to go on", err=True)
             ctx.exit(130)
         except ActcacheError as error:
-            self._fail(ctx, error, str(error), 2 if isinstance(error, InvalidInput) and not isinstance(error, OutOfRange) else 1)
+            self._fail(
+                ctx,
+                error,
+                str(error),
+                2 if isinstance(error, InvalidInput) and not isinstance(error, OutOfRange) else 1,
+            )
         except Exception as error:
             text = f"unexpected {type(error).__name__}: {error}; please report it with the output of --debug"
             self._fail(ctx, error, text, 1)
