@@ -43,12 +43,17 @@ class Moments:
 
 
 def measure(rows: np.ndarray) -> tuple[Moments, np.ndarray]:
-    """Moments of rows (n, d) and the L2 norm of each (n,), float32, of the values as stored."""
+    """Moments of rows (n, d) and the L2 norm of each (n,), float32, of the values as stored.
+
+    A value that is not finite makes the means of its dimension not finite.
+    """
     wide = rows.astype(np.float64)
-    norms = np.sqrt(np.einsum("ij,ij->i", wide, wide)).astype(np.float32)
-    mean = wide.sum(axis=0) / max(len(rows), 1)
-    wide -= mean
-    return Moments(len(rows), mean, np.einsum("ij,ij->j", wide, wide)), norms
+    with np.errstate(invalid="ignore", over="ignore"):
+        norms = np.sqrt(np.einsum("ij,ij->i", wide, wide)).astype(np.float32)
+        mean = wide.sum(axis=0) / max(len(rows), 1)
+        wide -= mean
+        m2 = np.einsum("ij,ij->j", wide, wide)
+    return Moments(len(rows), mean, m2), norms
 
 
 def pack(parts: list[Moments]) -> bytes:

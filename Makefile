@@ -1,0 +1,45 @@
+# `make demo` and `make test` need Python 3.11 or newer, make and, for the S3 tests, apt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STDLIB = $(shell $(PYTHON) -c "import sysconfig; print(sysconfig.get_path('stdlib'))")
+
+.PHONY: demo test test-nightly lint bench schemas s3 clean
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[jobs,xarray,plots]' --group test --group lint
+	touch $@
+
+demo: $(VENV)/.installed  ## build a dataset from the bundled model, check it and draw it
+	rm -rf demo.zarr demo.png
+	$(BIN)/actcache build ./demo.zarr --model examples/tiny-gpt --corpus '$(STDLIB)/*.py' --max-tokens 250000
+	$(BIN)/actcache info ./demo.zarr
+	$(BIN)/actcache verify --full ./demo.zarr
+	$(BIN)/actcache lens logit ./demo.zarr --max-tokens 50000 --plot demo.png
+
+test: $(VENV)/.installed s3  ## every test but the slow ones
+	$(BIN)/python -m pytest -m 'not slow' -n 2
+
+test-nightly: $(VENV)/.installed s3  ## every test, and more examples of the properties
+	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -n 2
+
+s3: $(VENV)/.installed  ## install the S3 server of the tests where that is possible
+	-$(BIN)/python tests/s3/server.py install
+
+lint: $(VENV)/.installed  ## style, types, layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.installed s3  ## ratios against a bare forward pass, raw copies and peers
+	$(BIN)/python -m benchmarks
+
+schemas: $(VENV)/.installed  ## write the published JSON Schemas anew
+	$(BIN)/python -m actcache.schemas.publish schemas/json
+
+clean:
+	rm -rf $(VENV) demo.zarr demo.png
