@@ -158,7 +158,8 @@ every example, test and demonstration runs on a model that was really trained.
 
 - Corpus: the {train_files:,} source files ({train_tokens:,} tokens) of the standard library of Python {python}; {held_files} more
   ({held_tokens:,} tokens), chosen by the hash of their names, were held out.
-- Training: `python examples/train_tiny_gpt.py examples/tiny-gpt --minutes {minutes:g}`: {steps:,} steps of {batch} × {context} tokens, AdamW.
+- Training: `python examples/train_tiny_gpt.py examples/tiny-gpt --minutes {minutes:g}` on two CPU cores: {steps:,} steps of
+  {batch} × {context} tokens, AdamW.
 - **Held-out loss {loss:.3f} nats per token**; the unigram entropy of the same tokens is {entropy:.3f} nats, so the model
   is {gain:.2f} nats below the best model without context. On windows of the training files: {train_loss:.3f} nats.
 - The training files are under the Python Software Foundation License; the weights under Apache-2.0, as this repository.

@@ -163,9 +163,9 @@ def _inspect(site: str, first_token: int, values: np.ndarray, before: torch.Tens
         value = float(values[row, column] if before is None else before[row, column])
         if before is not None and np.isfinite(value):
             raise OutOfRange(
-                f"{where}: {value!r} does not fit into {values.dtype.name}; use --dtype float32 or bfloat16"
+                f"{where}: {value!r} does not fit into {values.dtype.name}; build with --dtype float32 or bfloat16 into another URL"
             )
-        raise OutOfRange(f"{where}: the model computed {value!r}; try --compute-dtype float32")
+        raise OutOfRange(f"{where}: the model computed {value!r}; try --compute-dtype float32, into another URL")
     return moments, norms
 
 

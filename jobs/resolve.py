@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from glob import has_magic
+from pathlib import Path
 
 from actcache.jobs.checkpoint import Checkpoint, locate
 from actcache.jobs.corpus import Corpus, open_corpus
@@ -18,6 +20,7 @@ SHARD_BYTES = 64 << 20
 CHUNK_BYTES = 512 << 10
 CONTEXTS_PER_BLOCK = 32
 TOKENS_PER_BATCH = 8192
+LABELS = 6
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ def resolve(spec: Spec) -> Resolved:
             model=checkpoint.name,
             revision=checkpoint.revision,
             model_license=spec.model_license or checkpoint.license(),
-            corpus=tuple(pattern.rstrip("/").rsplit("/", 1)[-1] for pattern in spec.corpus),
+            corpus=_corpus_labels(spec.corpus),
             corpus_license=spec.corpus_license,
         ),
         model=shape,
@@ -97,6 +100,13 @@ def layout_of(spec: Spec, shape: ModelShape, context: int, stored_dtype: str) ->
     if block % chunk:
         raise InvalidInput(f"--block-tokens {block} is no whole number of chunks of --chunk-tokens {chunk}")
     return Layout(block_tokens=block, chunk_tokens=chunk)
+
+
+def _corpus_labels(patterns: tuple[str, ...]) -> tuple[str, ...]:
+    """What the corpus is called: files by name, globs with the folder before them; the first few of many."""
+    names = ["/".join(pattern.split("/")[-2:]) if has_magic(pattern) else Path(pattern).name for pattern in patterns]
+    more = (f"and {len(names) - LABELS} more",) if len(names) > LABELS else ()
+    return (*names[:LABELS], *more)
 
 
 def _context(spec: Spec, shape: ModelShape) -> int:

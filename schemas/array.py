@@ -17,6 +17,7 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:\-]*(/[A-Za-z0-9_][A-Za-z0-9_.:\-]
 MAX_CHUNK_BYTES = 1 << 30
 MAX_SHARD_CHUNKS = 1 << 20
 MAX_RANK = 4
+MAX_SHARDS = 1 << 24
 INDEX_ENTRY_BYTES = 16
 CRC_BYTES = 4
 
@@ -42,6 +43,15 @@ class ArrayLayout:
             raise InvalidInput(
                 f"{self.name}: a shard of {self.shard_rows} rows is no whole number of chunks of {self.chunk_rows} rows"
             )
+
+        numpy_dtype(self.dtype)
+        for what, size, most in (
+            ("bytes in a chunk", self.chunk_bytes, MAX_CHUNK_BYTES),
+            ("chunks in a shard", self.chunks_per_shard, MAX_SHARD_CHUNKS),
+            ("shards", self.n_shards, MAX_SHARDS),
+        ):
+            if size > most:
+                raise InvalidInput(f"{self.name}: {size:,} {what} are beyond the bound of {most:,}")
 
     @property
     def numpy_dtype(self) -> np.dtype:
@@ -181,16 +191,9 @@ class ArrayLayout:
         if not shape[1:] == shard[1:] == chunk[1:]:
             raise Unsupported(f"{name}/zarr.json: format 1 cuts arrays along the first axis alone")
         try:
-            layout = cls(name, shape, dtype, shard[0], chunk[0], dimensions, attributes)
-            numpy_dtype(dtype)
+            return cls(name, shape, dtype, shard[0], chunk[0], dimensions, attributes)
         except InvalidInput as error:
             raise Unsupported(f"{name}/zarr.json: {error}") from None
-        if layout.chunk_bytes > MAX_CHUNK_BYTES or layout.chunks_per_shard > MAX_SHARD_CHUNKS:
-            raise Unsupported(
-                f"{name}/zarr.json: chunks of {layout.chunk_bytes:,} bytes, {layout.chunks_per_shard:,} in a shard, are "
-                f"beyond the bounds of {MAX_CHUNK_BYTES:,} and {MAX_SHARD_CHUNKS:,}"
-            )
-        return layout
 
 
 def check_name(name: str) -> None:
