@@ -4,7 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STDLIB = $(shell $(PYTHON) -c "import sysconfig; print(sysconfig.get_path('stdlib'))")
 
-.PHONY: demo test test-nightly lint bench schemas s3 clean
+CLIENT_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.13*/bin/python) $(shell command -v python3.13))
+CLIENT_TESTS := tests/test_golden.py tests/test_shards.py tests/test_sites.py
+
+.PHONY: demo test test-client test-nightly lint bench schemas s3 clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -19,6 +22,20 @@ demo: $(VENV)/.installed  ## build a dataset from the bundled model, check it an
 	$(BIN)/actcache info ./demo.zarr
 	$(BIN)/actcache verify --full ./demo.zarr
 	$(BIN)/actcache lens logit ./demo.zarr --max-tokens 50000 --plot demo.png
+
+$(VENV)-client/.installed: pyproject.toml
+	$(CLIENT_PYTHON) -m venv $(VENV)-client
+	$(VENV)-client/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-client/bin/python -m pip install --quiet --editable '.[xarray,plots]' --group test
+	touch $@
+
+ifeq ($(CLIENT_PYTHON),)
+test-client:
+	@echo "no Python 3.13 here: the client is not tested on it"
+else
+test-client: $(VENV)-client/.installed  ## the reading half on Python 3.13, with a newer zarr and without torch
+	$(VENV)-client/bin/python -m pytest $(CLIENT_TESTS)
+endif
 
 test: $(VENV)/.installed s3  ## every test but the slow ones
 	$(BIN)/python -m pytest -m 'not slow' -n 2
@@ -42,4 +59,4 @@ schemas: $(VENV)/.installed  ## write the published JSON Schemas anew
 	$(BIN)/python -m actcache.schemas.publish schemas/json
 
 clean:
-	rm -rf $(VENV) demo.zarr demo.png
+	rm -rf $(VENV) $(VENV)-client demo.zarr demo.png

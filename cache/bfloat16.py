@@ -10,11 +10,16 @@ from typing import Any, ClassVar, Literal, Self, TypeGuard, cast
 
 import ml_dtypes
 import numpy as np
-from zarr.core.dtype import data_type_registry
-from zarr.core.dtype.common import DataTypeValidationError, HasEndianness, HasItemSize
+import zarr.dtype
+import zarr.errors
+from zarr.core.dtype.common import HasEndianness, HasItemSize
 from zarr.core.dtype.npy.common import check_json_float_v3, float_from_json_v3, float_to_json_v3
-from zarr.core.dtype.wrapper import ZDType
+from zarr.dtype import ZDType, data_type_registry
 
+# zarr 3.2 moved the class and warns where it was.
+DataTypeValidationError: type[Exception] = (
+    getattr(zarr.errors, "DataTypeValidationError", None) or zarr.dtype.DataTypeValidationError
+)
 _NATIVE = np.dtype(ml_dtypes.bfloat16)
 
 

@@ -12,7 +12,7 @@ from actcache.cache.location import Location
 from actcache.cache.opening import read_plan, read_root
 from actcache.cache.store import Store, open_store
 from actcache.schemas.errors import ActcacheError, NotSealed, Unsupported
-from actcache.schemas.plan import Plan
+from actcache.schemas.plan import PLAN_KEY, Plan
 from actcache.schemas.root import ROOT_KEY
 
 State = Literal["sealed", "building", "unreadable"]
@@ -41,7 +41,7 @@ def catalog(
     profile: str | None = None,
     anonymous: bool = False,
 ) -> list[Entry]:
-    """Every dataset under a prefix (local, `s3://` or `memory://`), sealed or being built, sorted by URL.
+    """Every dataset under a prefix (local or `s3://`), sealed or being built, sorted by URL.
 
     Raises:
         Unsupported: the store has no listings (HTTP).
@@ -61,10 +61,15 @@ def _dataset_prefixes(store: Store) -> Iterator[str]:
     while folders:
         prefix = folders.pop()
         below, names = store.children(prefix)
-        if ".actcache" in below:
+        if ".actcache" in below and (ROOT_KEY in names or _has_plan(store, prefix)):
             yield prefix.rstrip("/")
         elif ROOT_KEY not in names:
-            folders += [f"{prefix}{name}/" for name in below]
+            folders += [f"{prefix}{name}/" for name in below - {".actcache"}]
+
+
+def _has_plan(store: Store, prefix: str) -> bool:
+    folder, _, name = PLAN_KEY.rpartition("/")
+    return name in store.children(f"{prefix}{folder}/")[1]
 
 
 def _entry(location: Location) -> Entry:

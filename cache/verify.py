@@ -80,7 +80,8 @@ def verify(
     if not report.problems:
         report.problems += _incomplete(root, expected)
     sizes = _sizes(store, expected, pool)
-    report.unexpected = sorted(set(sizes) - set(expected) - names)
+    if all(problem.key not in names for problem in report.problems):
+        report.unexpected = sorted(set(sizes) - set(expected) - names)
     _check_objects(store, pool, expected, sizes, report, progress)
     report.problems.sort(key=lambda problem: problem.key)
     return report

@@ -83,8 +83,6 @@ def lazy_array(location: Location, manifest: str, layout: ArrayLayout, dtype: np
         chunks=chunks,
         name=f"{layout.name}-{tokenize(stored)}",
         lock=False,
-        asarray=False,
-        fancy=False,
         meta=np.empty((0,) * stored.ndim, stored.dtype),
         inline_array=True,
     )

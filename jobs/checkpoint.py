@@ -29,6 +29,7 @@ _TOKENIZER_FILES = (
 )
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "README.md"]
 _SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+MAX_HEADER_BYTES = 100_000_000
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -160,10 +161,14 @@ def _json(path: Path) -> Any:
 
 def _safetensors_sizes(path: Path) -> list[tuple[str, int]]:
     """Dtype and bytes of each tensor, from the file's header (8 bytes of length, then JSON)."""
-    with open(path, "rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return [
-        (entry["dtype"], entry["data_offsets"][1] - entry["data_offsets"][0])
-        for name, entry in header.items()
-        if name != "__metadata__"
-    ]
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(length, MAX_HEADER_BYTES)))
+        return [
+            (entry["dtype"], entry["data_offsets"][1] - entry["data_offsets"][0])
+            for name, entry in header.items()
+            if name != "__metadata__"
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InvalidInput(f"{path}: not a safetensors file: {error}") from None

@@ -31,13 +31,18 @@ def load_parts(folder: Path, spec: ResolvedSpec) -> ModelParts:
             local_files_only=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InvalidInput(f"{folder}: the model cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+    except Exception as error:  # transformers, safetensors and torch raise what they like
+        raise InvalidInput(f"{folder}: the model cannot be loaded: {first_line(error)}") from error
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise InvalidInput(f"{folder}: {len(missing)} weights are missing in the files (first: {missing[0]})")
     model.eval().requires_grad_(False).to("cuda" if torch.cuda.is_available() else "cpu")
     return PARTS[spec.model.family](model)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its kind where there is none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 @dataclass(frozen=True)

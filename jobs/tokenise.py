@@ -17,6 +17,7 @@ from actcache.cache.publish import publish, publish_metadata, publish_shard
 from actcache.cache.shards import encode_shard
 from actcache.cache.store import Store
 from actcache.jobs.corpus import Corpus, Document
+from actcache.jobs.model import first_line
 from actcache.schemas.errors import InvalidInput, SpecMismatch
 from actcache.schemas.grid import BOS_FLAG, EOS_FLAG, token_layouts
 from actcache.schemas.plan import TOKENS_KEY, Plan, StoredObject, TokensRecord
@@ -38,8 +39,8 @@ def load_tokenizer(folder: Path) -> Any:
     transformers.utils.logging.set_verbosity_error()
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InvalidInput(f"{folder}: the tokenizer cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+    except Exception as error:  # transformers and tokenizers raise what they like
+        raise InvalidInput(f"{folder}: the tokenizer cannot be loaded: {first_line(error)}") from error
 
 
 def tokenise(

@@ -1,4 +1,7 @@
-"""Shared fixtures: a tiny random model, a corpus, and datasets built from them once."""
+"""Shared fixtures: a tiny random model, a corpus, and datasets built from them once.
+
+Nothing here imports torch before a test asks for a model: some tests run where there is none.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,6 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 import actcache as ac
-from tests.models import save_gpt2, write_corpus
 
 pytest_plugins = ["tests.s3.fixtures"]
 
@@ -36,12 +38,16 @@ def own_memory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random GPT-2 in float32: 3 layers × 32, context 32."""
+    from tests.models import save_gpt2
+
     return save_gpt2(tmp_path_factory.mktemp("model") / "random-gpt2")
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Twelve text files, one of them empty, as a glob."""
+    from tests.models import write_corpus
+
     return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 

@@ -13,7 +13,9 @@ import actcache as ac
 from tests.models import save_gpt2
 
 
-def hooked(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor | None) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def hooked(
+    model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor | None
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Every site of a GPT-2 by hooks of this test's own, and the logits."""
     seen: dict[str, torch.Tensor] = {}
     handles = []
@@ -22,7 +24,9 @@ def hooked(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor | None)
         return lambda module, args: seen.__setitem__(name, args[0].detach().clone())
 
     def after(name: str):
-        return lambda module, args, out: seen.__setitem__(name, (out[0] if isinstance(out, tuple) else out).detach().clone())
+        return lambda module, args, out: seen.__setitem__(
+            name, (out[0] if isinstance(out, tuple) else out).detach().clone()
+        )
 
     for index, block in enumerate(model.transformer.h):
         if index == 0:
@@ -37,7 +41,9 @@ def hooked(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor | None)
     for handle in handles:
         handle.remove()
     final = seen.pop("final")
-    seen["ln_final.hook_normalized"] = torch.nn.functional.layer_norm(final, final.shape[-1:], eps=model.transformer.ln_f.eps)
+    seen["ln_final.hook_normalized"] = torch.nn.functional.layer_norm(
+        final, final.shape[-1:], eps=model.transformer.ln_f.eps
+    )
     return seen, logits
 
 
@@ -55,7 +61,9 @@ def as_numpy(tensor: torch.Tensor) -> np.ndarray:
 def test_bit_for_bit_on_the_plans_own_batches(tmp_path: Path, corpus: str, dtype: torch.dtype):
     folder = save_gpt2(tmp_path / "model", dtype=dtype)
     block, size = 160, 4
-    ac.build(ac.Spec(model=str(folder), corpus=(corpus,), sites="all", block_tokens=block, batch_size=size), tmp_path / "ds")
+    ac.build(
+        ac.Spec(model=str(folder), corpus=(corpus,), sites="all", block_tokens=block, batch_size=size), tmp_path / "ds"
+    )
     ds = ac.open(tmp_path / "ds")
     assert ds.dtype == str(dtype).removeprefix("torch.")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()

@@ -78,7 +78,16 @@ def test_the_error_tree():
     assert issubclass(ac.InvalidInput, ValueError)
     assert issubclass(ac.OutOfRange, ac.InvalidInput)
     assert issubclass(ac.StoreError, OSError)
-    for name in ("NotFound", "NotSealed", "SpecMismatch", "InvalidInput", "Corrupt", "StoreError", "Unsupported", "ProofFailed"):
+    for name in (
+        "NotFound",
+        "NotSealed",
+        "SpecMismatch",
+        "InvalidInput",
+        "Corrupt",
+        "StoreError",
+        "Unsupported",
+        "ProofFailed",
+    ):
         assert issubclass(getattr(ac, name), ac.ActcacheError)
     assert str(ac.NotFound("no site 'x'")) == "no site 'x'"
 

@@ -56,7 +56,9 @@ def test_a_manifest_comes_back_whatever_the_order(items):
         parse_manifest(data + b" ", name)
 
 
-@pytest.mark.parametrize("key", ["../x", "a/../../b", "/etc/passwd", "http://x/y", "a//b", "", "a\\b", "a/\n", "x" * 2000])
+@pytest.mark.parametrize(
+    "key", ["../x", "a/../../b", "/etc/passwd", "http://x/y", "a//b", "", "a\\b", "a/\n", "x" * 2000]
+)
 def test_keys_that_point_elsewhere_are_refused(key: str):
     assert not safe_key(key)
     data = manifest_bytes([StoredObject(key=key, size=1, sha256="0" * 64)])
@@ -197,7 +199,11 @@ def test_every_record_fits_its_published_schema(built: str):
 
 def test_nothing_of_time_host_or_path_is_in_what_the_manifest_names(built: str, model: Path, corpus: str):
     folder = Path(built)
-    named = [folder / ".actcache/plan.json", folder / ".actcache/tokens.json", *(folder / ".actcache/receipts").iterdir()]
+    named = [
+        folder / ".actcache/plan.json",
+        folder / ".actcache/tokens.json",
+        *(folder / ".actcache/receipts").iterdir(),
+    ]
     host = socket.gethostname()
     for path in named:
         text = path.read_text(encoding="utf-8")
@@ -215,9 +221,22 @@ def test_the_key_is_of_content_not_of_names(spec: Spec, tmp_path: Path, model: P
     here, there = resolve(spec).plan, resolve(spec.model_copy(update={"model": str(elsewhere)})).plan
     assert here.key == there.key
     assert here.labels.model != there.labels.model
-    for change in ({"context": 16}, {"sites": "resid"}, {"dtype": "float16"}, {"max_tokens": 5}, {"batch_size": 3}, {"head": False}):
+    for change in (
+        {"context": 16},
+        {"sites": "resid"},
+        {"dtype": "float16"},
+        {"max_tokens": 5},
+        {"batch_size": 3},
+        {"head": False},
+    ):
         assert resolve(spec.model_copy(update=change)).plan.key != here.key, change
-    for same_tokens in ({"sites": "resid"}, {"dtype": "float16"}, {"block_tokens": 999}, {"outputs": ()}, {"batch_size": 1}):
+    for same_tokens in (
+        {"sites": "resid"},
+        {"dtype": "float16"},
+        {"block_tokens": 999},
+        {"outputs": ()},
+        {"batch_size": 1},
+    ):
         assert resolve(spec.model_copy(update=same_tokens)).plan.tokens_key == here.tokens_key, same_tokens
     assert resolve(spec.model_copy(update={"context": 16})).plan.tokens_key != here.tokens_key
 
@@ -243,7 +262,9 @@ def test_arrays_written_at_once_are_cut_in_bounds(rows: int, width: int):
 def test_specs_from_toml(tmp_path: Path):
     (tmp_path / "m").mkdir()
     path = tmp_path / "spec.toml"
-    path.write_text('model = "m"\ncorpus = ["*.txt", "/abs/x.txt"]\ncontext = 64\noutputs = ["loss"]\n', encoding="utf-8")
+    path.write_text(
+        'model = "m"\ncorpus = ["*.txt", "/abs/x.txt"]\ncontext = 64\noutputs = ["loss"]\n', encoding="utf-8"
+    )
     spec = Spec.of("spec.toml", **Spec.from_toml(path))
     assert spec.model == str(tmp_path / "m")
     assert spec.corpus == (str(tmp_path / "*.txt"), "/abs/x.txt")

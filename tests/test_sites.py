@@ -29,7 +29,9 @@ def test_any_choice_comes_in_model_order_and_once(layers: int, data: st.DataObje
 
 def test_patterns():
     available = all_sites(12)
-    assert expand("blocks.{0,6,11}.hook_resid_post", available, 12) == [f"blocks.{i}.hook_resid_post" for i in (0, 6, 11)]
+    assert expand("blocks.{0,6,11}.hook_resid_post", available, 12) == [
+        f"blocks.{i}.hook_resid_post" for i in (0, 6, 11)
+    ]
     assert len(expand("blocks.*.hook_attn_out", available, 12)) == 12
     assert expand("all", available, 12) == available
     assert expand("blocks.3.hook_resid_pre", available, 12) == ["blocks.2.hook_resid_post"]

@@ -42,9 +42,9 @@ class ManyCorpora(click.Command):
                 while index < len(args) and not args[index].startswith("-"):
                     taken.append(args[index])
                     index += 1
-                corpora += taken
                 if not taken:
-                    others.append(word)  # click says what is missing
+                    raise click.UsageError("--corpus needs at least one file or glob", ctx)
+                corpora += taken
             elif word.startswith("--corpus="):
                 corpora.append(word.removeprefix("--corpus="))
             elif word.startswith("-") and word not in flags and "=" not in word and word not in ("-h", "--help"):

@@ -1,0 +1,63 @@
+"""Datasets that released versions wrote, read by this one; torch is not needed, nor imported."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorstore
+import xarray
+
+import actcache as ac
+from tests.golden.describe import describe
+
+GOLDEN = Path(__file__).parent / "golden"
+DATASETS = sorted(path for path in GOLDEN.glob("*/*.zarr"))
+DTYPES = [path for path in DATASETS if path.stem != "float32"]
+
+
+def test_there_are_golden_datasets_of_format_1_0():
+    assert [path.name for path in DATASETS if path.parent.name == "1.0"] == ["bfloat16.zarr", "float16.zarr", "float32.zarr"]
+
+
+@pytest.mark.parametrize("path", DATASETS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_a_golden_dataset_reads_as_it_was_written(path: Path):
+    ds = ac.open(path)
+    expected = json.loads((path.parent / "expected.json").read_text(encoding="utf-8"))[path.stem]
+    assert describe(ds) == expected
+    assert ds.format == path.parent.name
+    report = ac.verify(path, full=True)
+    assert (report.problems, report.unexpected) == ([], [])
+    assert ds.resid.shape == (3, ds.n_tokens, 16)
+    assert ds.resid.compute().dtype == np.float32
+    assert "golden-gpt2" in repr(ds)
+
+
+@pytest.mark.parametrize("path", DATASETS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_others_read_it_too(path: Path):
+    ds = ac.open(path)
+    opened = xarray.open_zarr(path)
+    for name in [*ds.sites, *ds.tokens]:
+        want = ds.rows(name, 0, opened[name].shape[0])
+        kvstore = {"driver": "file", "path": str(path / name)}
+        theirs = tensorstore.open({"driver": "zarr3", "kvstore": kvstore}).result().read().result()
+        assert theirs.tobytes() == want.tobytes()
+        assert opened[name].values.tobytes() == want.tobytes()
+        assert ds.zarr[name][...].tobytes() == want.tobytes()
+
+
+def test_statistics_norms_loss_and_lens_of_the_golden_float32():
+    ds = ac.open(GOLDEN / "1.0" / "float32.zarr")
+    rows = ds["blocks.1.hook_resid_post"].compute().astype(float)
+    np.testing.assert_allclose(ds.statistics["blocks.1.hook_resid_post"]["variance"], rows.var(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(ds.norm["blocks.1.hook_resid_post"], np.linalg.norm(rows, axis=1), rtol=1e-6)
+    np.testing.assert_allclose(ac.lens.logit(ds)["loss"][-1], np.nanmean(ds["loss"].compute()), rtol=1e-5)
+
+
+@pytest.mark.skipif("torch" in sys.modules, reason="another test of this process imported torch")
+def test_none_of_this_needed_torch():
+    ac.lens.logit(ac.open(GOLDEN / "1.0" / "float32.zarr"))
+    assert "torch" not in sys.modules

@@ -1,0 +1,81 @@
+"""The logit lens against torch, and the picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import actcache as ac
+from actcache.cache.head import Head
+from actcache.clients.plots import overview
+from actcache.schemas.errors import Unsupported
+
+
+def test_the_logit_lens_is_the_models_head_on_every_state(built: str, model: Path):
+    ds = ac.open(built)
+    plain = AutoModelForCausalLM.from_pretrained(model).eval()
+    states = torch.from_numpy(ds.resid.compute())
+    ids = torch.from_numpy(ds.tokens["token_id"].astype(np.int64))
+    inside = torch.ones(ds.n_tokens, dtype=torch.bool)
+    inside[torch.from_numpy(ds.sequence_start[1:].copy()) - 1] = False
+    at = inside.nonzero().flatten()
+    with torch.inference_mode():
+        logs = torch.log_softmax(plain.lm_head(plain.transformer.ln_f(states[:, at])), dim=-1).double()
+    want = {
+        "loss": -logs[:, torch.arange(len(at)), ids[at + 1]].mean(dim=1),
+        "kl": (logs[-1].exp() * (logs[-1] - logs)).sum(dim=-1).mean(dim=1),
+        "entropy": -(logs.exp() * logs).sum(dim=-1).mean(dim=1),
+        "agreement": (logs.argmax(dim=-1) == logs[-1].argmax(dim=-1)).double().mean(dim=1),
+    }
+    found = ac.lens.logit(ds)
+    assert set(found) == set(want)
+    for name, values in want.items():
+        np.testing.assert_allclose(found[name], values.numpy(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found["loss"][-1], np.nanmean(ds["loss"].compute()), rtol=1e-5)
+
+
+def test_only_the_first_tokens(built: str):
+    ds = ac.open(built)
+    few = ac.lens.logit(ds, max_tokens=40)
+    inside = ~np.isnan(ds["loss"].compute()[:40])
+    np.testing.assert_allclose(few["loss"][-1], ds["loss"].compute()[:40][inside].mean(), rtol=1e-5)
+    with pytest.raises(ac.InvalidInput, match="successor"):
+        ac.lens.logit(ds, max_tokens=0)
+
+
+def test_an_operation_of_a_later_version_is_refused():
+    with pytest.raises(Unsupported, match="'softcap'"):
+        Head([{"op": "softcap", "value": 30.0}], {}).logits(np.zeros((1, 2)))
+
+
+def test_the_picture_is_a_picture(built: str, tmp_path: Path):
+    ds = ac.open(built)
+    path = overview(ds, ac.lens.logit(ds, max_tokens=200), tmp_path / "x.png")
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert path.stat().st_size > 10_000
+
+
+def test_the_bundled_model_is_trained(tmp_path: Path):
+    """On text that it was held from: far below the unigram entropy, and better with every late layer."""
+    import sysconfig
+
+    import examples.train_tiny_gpt as training
+
+    folder = Path(__file__).parent.parent / "examples/tiny-gpt"
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 8 << 20
+    held = [p for p in Path(sysconfig.get_path("stdlib")).glob("*.py") if training.held_out(p)]
+    assert held
+    spec = ac.Spec(model=str(folder), corpus=tuple(map(str, held)), max_tokens=20_000)
+    ac.build(spec, tmp_path / "ds")
+    ds = ac.open(tmp_path / "ds")
+    measures = ac.lens.logit(ds, max_tokens=6_000)
+    counts = np.bincount(ds.tokens["token_id"])
+    share = counts[counts > 0] / counts.sum()
+    entropy = -(share * np.log(share)).sum()
+    assert measures["loss"][-1] < entropy - 1.5, "20,000 tokens have a lower unigram entropy than half a million"
+    assert np.all(np.diff(measures["kl"][2:]) < 0)
+    assert measures["agreement"][-2] > 0.3
