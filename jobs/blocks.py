@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,6 +22,8 @@ from actcache.schemas.errors import Corrupt, OutOfRange
 from actcache.schemas.grid import Grid
 from actcache.schemas.plan import StoredObject
 from actcache.schemas.receipt import Receipt, receipt_key, statistics_key
+
+PUTS_AT_ONCE = 4
 
 Measured = tuple[Moments, np.ndarray]
 
@@ -103,39 +105,39 @@ class BlockRunner:
             StoreError, Corrupt: the store failed, or holds something else under a key.
         """
         grid, block = self._grid, computed.block
-        objects: list[StoredObject] = []
-        mixed: list[str] = []
-
-        def note(shard: PublishedShard) -> None:
-            objects.append(shard.stored)
-            if shard.kept is not None:
-                mixed.append(shard.stored.key)
-
-        moments, norms = [], []
-        for site in grid.plan.spec.sites:
-            parts = [future.result() for future in computed.measured[site]]
-            shard = publish_shard(self._store, grid.site(site), block, computed.encoders.pop(site).finish())
-            note(shard)
-            if shard.kept is not None:  # statistics are of what is stored
-                parts = [measure(shard.kept)]
-            whole = parts[0][0]
-            for part, _ in parts[1:]:
-                whole = whole.merge(part)
-            moments.append(whole)
-            norms.append(np.concatenate([norm for _, norm in parts]))
-        rows = np.stack(norms, axis=1)
-        note(publish_shard(self._store, grid.norm, block, encode_shard(grid.norm, rows, self._pool)))
+        sites = grid.plan.spec.sites
+        with ThreadPoolExecutor(PUTS_AT_ONCE, thread_name_prefix="actcache-put") as puts:
+            stored = list(puts.map(lambda site: self._publish_site(site, computed), sites))
+        shards = [shard for shard, _ in stored]
+        measured = [found for _, found in stored]
+        rows = np.stack([norms for _, norms in measured], axis=1)
+        shards.append(publish_shard(self._store, grid.norm, block, encode_shard(grid.norm, rows, self._pool)))
         if computed.loss:
             data = encode_shard(grid.loss, np.concatenate(computed.loss), self._pool)
-            note(publish_shard(self._store, grid.loss, block, data))
-        objects.append(self._publish_statistics(block, moments))
+            shards.append(publish_shard(self._store, grid.loss, block, data))
+        statistics = self._publish_statistics(block, [moments for moments, _ in measured])
         receipt = Receipt(
-            block=block, start=computed.start, stop=computed.stop, objects=tuple(objects), mixed_attempts=tuple(mixed)
+            block=block,
+            start=computed.start,
+            stop=computed.stop,
+            objects=(*(shard.stored for shard in shards), statistics),
+            mixed_attempts=tuple(shard.stored.key for shard in shards if shard.kept is not None),
         )
         published = publish(self._store, receipt_key(block), receipt.to_bytes())
         if published.other is None:
             return receipt
         return Receipt.from_bytes(bytes(published.other), str(self._store.location.child(receipt_key(block))))
+
+    def _publish_site(self, site: str, computed: Computed) -> tuple[PublishedShard, Measured]:
+        """Store a site's shard. Statistics and norms are of what is stored, whoever wrote it."""
+        parts = [future.result() for future in computed.measured[site]]
+        shard = publish_shard(self._store, self._grid.site(site), computed.block, computed.encoders.pop(site).finish())
+        if shard.kept is not None:
+            parts = [measure(shard.kept)]
+        whole = parts[0][0]
+        for part, _ in parts[1:]:
+            whole = whole.merge(part)
+        return shard, (whole, np.concatenate([norms for _, norms in parts]))
 
     def _publish_statistics(self, block: int, moments: list[Moments]) -> StoredObject:
         published = publish(self._store, statistics_key(block), pack(moments))

@@ -27,7 +27,7 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
 )
-_HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "README.md"]
+_HUB_PATTERNS = ["*.json", "*.txt", "*.model", "README.md"]
 _SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 MAX_HEADER_BYTES = 100_000_000
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -127,7 +127,6 @@ def locate(model: str, revision: str | None) -> Checkpoint:
 
 
 def _download(model: str, revision: str | None) -> Path:
-    import huggingface_hub
     from huggingface_hub.errors import (
         HfHubHTTPError,
         HFValidationError,
@@ -137,7 +136,8 @@ def _download(model: str, revision: str | None) -> Path:
 
     at = f"{model}@{revision}" if revision else model
     try:
-        return Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=_HUB_PATTERNS))
+        folder = _snapshot(model, revision, "*.safetensors")
+        return folder if any(folder.glob("*.safetensors")) else _snapshot(model, revision, "pytorch_model*.bin")
     except (RepositoryNotFoundError, HFValidationError):
         raise InvalidInput(f"{at}: neither a folder nor a model on the hub (a private one needs HF_TOKEN)") from None
     except LocalEntryNotFoundError:
@@ -146,6 +146,15 @@ def _download(model: str, revision: str | None) -> Path:
         ) from None
     except HfHubHTTPError as error:
         raise StoreError(f"{at}: the hub failed: {str(error).splitlines()[0]}") from None
+
+
+def _snapshot(model: str, revision: str | None, weights: str) -> Path:
+    import huggingface_hub
+
+    patterns = [*_HUB_PATTERNS, weights]
+    return Path(
+        huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns="*/*")
+    )
 
 
 def _folded(files: list[Path]) -> str:

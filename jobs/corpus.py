@@ -148,7 +148,10 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
         import zstandard
 
         try:
-            with path.open("rb") as packed, zstandard.ZstdDecompressor().stream_reader(packed, read_across_frames=True) as plain:
+            with (
+                path.open("rb") as packed,
+                zstandard.ZstdDecompressor().stream_reader(packed, read_across_frames=True) as plain,
+            ):
                 yield io.BufferedReader(plain)
         except zstandard.ZstdError as error:
             raise OSError(str(error)) from None

@@ -44,10 +44,11 @@ def _recall(states: list[tuple[str, int, int, int]]) -> dict[tuple[str, int, int
     wanted = {state[0]: state for state in states}
     try:
         with closing(_connect()) as database:
-            rows = database.execute("select path, size, mtime, ctime, sha256 from hashes").fetchall()
+            asked = "select path, size, mtime, ctime, sha256 from hashes where path = ?"
+            rows = [row for path in wanted for row in database.execute(asked, (path,))]
     except (OSError, sqlite3.Error):
         return {}
-    return {wanted[row[0]]: row[4] for row in rows if row[0] in wanted and wanted[row[0]] == tuple(row[:4])}
+    return {wanted[row[0]]: row[4] for row in rows if wanted[row[0]] == tuple(row[:4])}
 
 
 def _remember(hashes: dict[tuple[str, int, int, int], str]) -> None:

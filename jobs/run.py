@@ -23,7 +23,7 @@ from actcache.jobs.resolve import Resolved
 from actcache.jobs.tokenise import load_tokenizer, tokenise
 from actcache.schemas.array import head_group
 from actcache.schemas.canonical import canonical, sha256
-from actcache.schemas.errors import ActcacheError
+from actcache.schemas.errors import NotFound
 from actcache.schemas.grid import Grid
 from actcache.schemas.plan import StoredObject
 from actcache.schemas.receipt import HEAD_RECEIPT, RECEIPTS, HeadArray, HeadReceipt, Receipt, receipt_key
@@ -150,7 +150,7 @@ class _Blocks:
     def _done_by_another(self, block: int) -> bool:
         try:
             self._store.size(receipt_key(block))
-        except ActcacheError:
+        except NotFound:
             return False
         self._reporter.note(f"block {block} was finished by another build at the same URL")
         self._tick(self._length(block))

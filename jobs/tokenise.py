@@ -18,7 +18,7 @@ from actcache.cache.shards import encode_shard
 from actcache.cache.store import Store
 from actcache.jobs.corpus import Corpus, Document
 from actcache.jobs.model import first_line
-from actcache.schemas.errors import InvalidInput, SpecMismatch
+from actcache.schemas.errors import InvalidInput, SpecMismatch, StoreError
 from actcache.schemas.grid import BOS_FLAG, EOS_FLAG, token_layouts
 from actcache.schemas.plan import TOKENS_KEY, Plan, StoredObject, TokensRecord
 
@@ -116,7 +116,7 @@ def _spool(plan: Plan, corpus: Corpus, tokenizer: Any, spool: IO[bytes], tick: T
             _check_ids(tokens, plan, corpus, document)
             if spec.max_tokens is not None:
                 tokens = tokens[: spec.max_tokens - total]
-            spool.write(tokens.tobytes())
+            _write(spool, tokens)
             total += len(tokens)
             lengths.append(len(tokens))
             rows.append((document.source, document.row))
@@ -127,7 +127,6 @@ def _spool(plan: Plan, corpus: Corpus, tokenizer: Any, spool: IO[bytes], tick: T
             break
     if total == 0:
         raise InvalidInput("the corpus has no tokens: every document is empty")
-    spool.flush()
     token_id = np.memmap(spool, np.int32, "r", shape=(total,))
     ends = np.cumsum(lengths)
     starts = ends - lengths
@@ -142,6 +141,17 @@ def _spool(plan: Plan, corpus: Corpus, tokenizer: Any, spool: IO[bytes], tick: T
         tokenizer.bos_token_id,
         tokenizer.eos_token_id,
     )
+
+
+def _write(spool: IO[bytes], tokens: np.ndarray) -> None:
+    try:
+        spool.write(tokens.tobytes())
+        spool.flush()
+    except OSError as error:
+        folder = tempfile.gettempdir()
+        raise StoreError(
+            f"{folder}: tokens are kept here while they are counted: {error.strerror}; set TMPDIR"
+        ) from None
 
 
 def _check_ids(tokens: np.ndarray, plan: Plan, corpus: Corpus, document: Document) -> None:

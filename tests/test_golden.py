@@ -20,7 +20,11 @@ DTYPES = [path for path in DATASETS if path.stem != "float32"]
 
 
 def test_there_are_golden_datasets_of_format_1_0():
-    assert [path.name for path in DATASETS if path.parent.name == "1.0"] == ["bfloat16.zarr", "float16.zarr", "float32.zarr"]
+    assert [path.name for path in DATASETS if path.parent.name == "1.0"] == [
+        "bfloat16.zarr",
+        "float16.zarr",
+        "float32.zarr",
+    ]
 
 
 @pytest.mark.parametrize("path", DATASETS, ids=lambda path: f"{path.parent.name}-{path.stem}")
