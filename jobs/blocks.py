@@ -68,6 +68,7 @@ class BlockRunner:
             kept = int(batch.keep.sum())
             reached += kept
             tick(kept)
+            _raise_first(computed)
         return computed
 
     def batches(self, start: int, stop: int) -> list[Batch]:
@@ -154,6 +155,14 @@ class BlockRunner:
                 key = self._store.location.child(statistics_key(block))
                 raise Corrupt(f"{key}: holds statistics of other values; remove it and run again")
         return published.stored
+
+
+def _raise_first(computed: Computed) -> None:
+    """Raise what a finished measurement found wrong, rather than after the whole block."""
+    for futures in computed.measured.values():
+        for future in futures:
+            if future.done():
+                future.result()
 
 
 def _inspect(site: str, first_token: int, values: np.ndarray, before: torch.Tensor | None) -> Measured:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal, cast
 
-from actcache.jobs.fingerprint import file_sha256
+from actcache.jobs.fingerprint import FileState, file_sha256, file_state
 from actcache.schemas.canonical import digest
 from actcache.schemas.errors import InvalidInput
 from actcache.schemas.plan import Source
@@ -40,6 +40,7 @@ class Corpus:
     text_field: str
     files: tuple[Path, ...]
     sources: tuple[Source, ...]
+    states: tuple[FileState, ...]
 
     def identity(self) -> CorpusIdentity:
         """The corpus by its content."""
@@ -58,14 +59,21 @@ class Corpus:
         """
         for index, path in enumerate(self.files):
             try:
+                self._check_unchanged(index)
                 if self.kind == "text":
                     yield Document(index, 0, path.read_bytes().decode("utf-8"))
                 else:
                     yield from self._rows(index, path)
+                self._check_unchanged(index)
             except UnicodeDecodeError as error:
                 raise InvalidInput(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
             except (OSError, EOFError, zlib.error) as error:
                 raise InvalidInput(f"{path}: cannot be read: {error}") from None
+
+    def _check_unchanged(self, index: int) -> None:
+        path = self.files[index]
+        if file_state(path) != self.states[index] and file_sha256([path]) != [self.sources[index].sha256]:
+            raise InvalidInput(f"{path}: the file changed since the build began; run the command again")
 
     def _rows(self, index: int, path: Path) -> Iterator[Document]:
         with _opened(path) as file:
@@ -106,14 +114,15 @@ def open_corpus(patterns: tuple[str, ...], text_field: str) -> Corpus:
         )
     files = tuple(found)
     try:
+        states = tuple(map(file_state, files))
         hashes = file_sha256(list(files))
-        sources = tuple(
-            Source(name=found[path], bytes=path.stat().st_size, sha256=sha)
-            for path, sha in zip(files, hashes, strict=True)
-        )
     except OSError as error:
         raise InvalidInput(f"{error.filename}: cannot be read: {error.strerror}") from None
-    return Corpus("jsonl" if kinds == {"jsonl"} else "text", text_field, files, sources)
+    sources = tuple(
+        Source(name=found[path], bytes=state.size, sha256=sha)
+        for path, state, sha in zip(files, states, hashes, strict=True)
+    )
+    return Corpus("jsonl" if kinds == {"jsonl"} else "text", text_field, files, sources, states)
 
 
 def _matches(pattern: str) -> list[tuple[Path, str]]:

@@ -7,8 +7,29 @@ import os
 import sqlite3
 from contextlib import closing
 from pathlib import Path
+from typing import NamedTuple
 
 _TABLE = "create table if not exists hashes (path text primary key, size int, mtime int, ctime int, sha256 text)"
+
+
+class FileState(NamedTuple):
+    """What tells a changed file from an unchanged one. Times in nanoseconds."""
+
+    path: str
+    size: int
+    mtime: int
+    ctime: int
+
+
+def file_state(path: Path) -> FileState:
+    """The state of a file, symbolic links followed.
+
+    Raises:
+        OSError: there is no such file.
+    """
+    real = path.resolve()
+    stat = real.stat()
+    return FileState(str(real), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
 
 
 def memory_path() -> Path:
@@ -23,25 +44,19 @@ def file_sha256(paths: list[Path]) -> list[str]:
     Raises:
         OSError: a file cannot be read.
     """
-    states = [_state(path) for path in paths]
+    states = [file_state(path) for path in paths]
     known = _recall(states)
-    fresh: dict[tuple[str, int, int, int], str] = {}
+    fresh: dict[FileState, str] = {}
     for state in states:
         if state not in known and state not in fresh:
-            with open(state[0], "rb") as file:
+            with open(state.path, "rb") as file:
                 fresh[state] = hashlib.file_digest(file, "sha256").hexdigest()
-    _remember({state: sha for state, sha in fresh.items() if _state(Path(state[0])) == state})
+    _remember({state: sha for state, sha in fresh.items() if file_state(Path(state.path)) == state})
     return [known.get(state) or fresh[state] for state in states]
 
 
-def _state(path: Path) -> tuple[str, int, int, int]:
-    real = path.resolve()
-    stat = real.stat()
-    return str(real), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
-
-
-def _recall(states: list[tuple[str, int, int, int]]) -> dict[tuple[str, int, int, int], str]:
-    wanted = {state[0]: state for state in states}
+def _recall(states: list[FileState]) -> dict[FileState, str]:
+    wanted = {state.path: state for state in states}
     try:
         with closing(_connect()) as database:
             asked = "select path, size, mtime, ctime, sha256 from hashes where path = ?"
@@ -51,7 +66,7 @@ def _recall(states: list[tuple[str, int, int, int]]) -> dict[tuple[str, int, int
     return {wanted[row[0]]: row[4] for row in rows if wanted[row[0]] == tuple(row[:4])}
 
 
-def _remember(hashes: dict[tuple[str, int, int, int], str]) -> None:
+def _remember(hashes: dict[FileState, str]) -> None:
     if not hashes:
         return
     try:

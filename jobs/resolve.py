@@ -31,6 +31,18 @@ class Resolved:
     checkpoint: Checkpoint
     corpus: Corpus
 
+    def check_model(self) -> None:
+        """Check that the model's files are still those of the plan.
+
+        Raises:
+            InvalidInput: one has changed.
+        """
+        if (
+            self.checkpoint.identity() != self.plan.spec.model
+            or self.checkpoint.tokenizer() != self.plan.spec.tokenizer
+        ):
+            raise InvalidInput(f"{self.checkpoint.folder}: a file changed since the build began; run the command again")
+
 
 def resolve(spec: Spec) -> Resolved:
     """Make the plan of a spec.

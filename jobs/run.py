@@ -72,6 +72,7 @@ def run_plan(store: Store, resolved: Resolved, reporter: Reporter, tokenise_only
                 "tokens; larger blocks (--block-tokens) cost less"
             )
         parts = load_parts(resolved.checkpoint.folder, plan.spec)
+        resolved.check_model()
         runner = BlockRunner(store, grid, parts, sequence_start, pool)
         for layout in grid.block_arrays():
             publish_metadata(store, layout)
@@ -120,6 +121,7 @@ class _Blocks:
         done = set(store.list(RECEIPTS))
         self._pending = [block for block in range(grid.n_blocks) if receipt_key(block) not in done]
         before = grid.n_tokens - sum(self._length(block) for block in self._pending)
+        self._storing: Future[Receipt] | None = None
         self.count = 0
         self.state = Progress(
             "blocks", before, grid.n_tokens, before, 0, grid.n_blocks - len(self._pending), grid.n_blocks
@@ -134,18 +136,15 @@ class _Blocks:
         self._reporter.progress(self.state)
         from_the_end = False
         with ThreadPoolExecutor(1, thread_name_prefix="actcache-publish") as background:
-            storing: Future[Receipt] | None = None
             while self._pending:
                 block = self._pending.pop(-1 if from_the_end else 0)
                 if self._done_by_another(block):
                     from_the_end = True
                     continue
                 computed = self._runner.compute(block, self._tick)
-                if storing is not None:
-                    self._stored(storing.result())
-                storing = background.submit(self._runner.publish, computed)
-            if storing is not None:
-                self._stored(storing.result())
+                self._wait()
+                self._storing = background.submit(self._runner.publish, computed)
+            self._wait()
 
     def _done_by_another(self, block: int) -> bool:
         try:
@@ -157,7 +156,12 @@ class _Blocks:
         self.state = replace(self.state, blocks=self.state.blocks + 1)
         return True
 
-    def _stored(self, receipt: Receipt) -> None:
+    def _wait(self) -> None:
+        """Wait until the block before is stored."""
+        if self._storing is None:
+            return
+        receipt = self._storing.result()
+        self._storing = None
         self.count += 1
         written = self.state.bytes_written + sum(entry.size for entry in receipt.objects)
         self.state = replace(self.state, blocks=self.state.blocks + 1, bytes_written=written)
@@ -169,6 +173,8 @@ class _Blocks:
         self._reporter.progress(self.state)
 
     def _tick(self, tokens: int) -> None:
+        if self._storing is not None and self._storing.done():
+            self._storing.result()  # a store that failed ends the build now, not after this block
         self.state = replace(self.state, tokens=self.state.tokens + tokens)
         self._reporter.progress(self.state)
 

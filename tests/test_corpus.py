@@ -182,3 +182,14 @@ def test_empty_corpora_and_foreign_tokenizers_are_refused(tmp_path: Path, model:
     (tmp_path / "x.txt").write_text("hello")
     with pytest.raises(ac.InvalidInput, match=rf"beyond the model's vocabulary of {config['vocab_size']}"):
         ac.build(ac.Spec(model=str(small), corpus=(str(tmp_path / "x.txt"),)), tmp_path / "b")
+
+
+def test_a_file_that_changes_after_the_plan_is_refused(tmp_path: Path):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(name)
+    corpus = open_corpus((str(tmp_path / "*.txt"),), "text")
+    documents = corpus.documents()
+    assert next(documents).text == "a.txt"
+    (tmp_path / "b.txt").write_text("other")
+    with pytest.raises(ac.InvalidInput, match=r"b\.txt: the file changed"):
+        next(documents)

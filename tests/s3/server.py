@@ -5,8 +5,8 @@
     python tests/s3/server.py stop  [--port 17480] [--home DIR]
 
 Only the installation needs root. One server is three processes (monitor, OSD, gateway) with all their state in HOME.
-It takes the ports PORT to PORT+9,
-so several can run side by side. `export ACTCACHE_TEST_S3="$(python tests/s3/server.py start)"` makes the tests use it.
+It takes the ports
+PORT to PORT+9, so several can run side by side. `export ACTCACHE_TEST_S3="$(python tests/s3/server.py start)"` makes the tests use it.
 """
 
 from __future__ import annotations
