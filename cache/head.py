@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from actcache.schemas.errors import Unsupported
+from actcache.schemas.errors import Corrupt, Unsupported
 
 Operation = Mapping[str, str | float]
 
@@ -31,6 +31,7 @@ class Head:
 
         Raises:
             Unsupported: an operation that this version does not know.
+        Corrupt: an operation names an array that there is not.
         """
         x = np.asarray(h, np.float32)
         for operation in self.operations:
@@ -49,4 +50,7 @@ class Head:
         raise Unsupported(f"the dataset's head uses operation {kind!r}; upgrade actcache")
 
     def _array(self, operation: Operation, role: str) -> np.ndarray:
-        return self.arrays[str(operation[role])]
+        name = str(operation.get(role))
+        if name not in self.arrays:
+            raise Corrupt(f"the head's operation {operation.get('op')!r} names no array of the dataset as its {role}")
+        return self.arrays[name]

@@ -10,9 +10,8 @@ from actcache.cache.head import Head
 from actcache.cache.reader import ArrayReader
 from actcache.cache.store import Store
 from actcache.schemas.array import ArrayLayout
-from actcache.schemas.errors import Corrupt, NotFound, NotSealed, Unsupported
+from actcache.schemas.errors import NotFound, NotSealed
 from actcache.schemas.plan import PLAN_KEY, Plan
-from actcache.schemas.receipt import HEAD_RECEIPT, HeadReceipt
 from actcache.schemas.root import ROOT_KEY, RootAttributes, parse_root
 
 HEAD = "head/"
@@ -20,10 +19,11 @@ HEAD = "head/"
 
 @dataclass(frozen=True)
 class SealedRoot:
-    """A dataset's root: its attributes, and the layout of every array."""
+    """A dataset's root: its attributes, the layout of every array, the head's operations, and its bytes."""
 
     attributes: RootAttributes
     layouts: dict[str, ArrayLayout]
+    operations: tuple[dict[str, str | float], ...]
     data: bytes
 
 
@@ -44,8 +44,7 @@ def read_root(store: Store) -> SealedRoot:
             )
         raise NotFound(f"{store.location}: there is no dataset here; 'actcache ls' lists those under a prefix")
     data = bytes(found)
-    attributes, layouts = parse_root(data, where)
-    return SealedRoot(attributes, layouts, data)
+    return SealedRoot(*parse_root(data, where), data)
 
 
 def read_plan(store: Store) -> Plan | None:
@@ -64,18 +63,11 @@ def read_head(store: Store, root: SealedRoot) -> Head:
     Raises:
         NotFound: the dataset was built without a head.
         Corrupt: a part of it is missing or damaged.
-        Unsupported: an array with an operation that this version does not know.
     """
     names = [name for name, role in root.attributes.arrays.items() if role.role == "head"]
     if not names:
         raise NotFound(f"{store.location}: the dataset was built without a head (--no-head)")
-    try:
-        receipt = HeadReceipt.from_bytes(bytes(store.get(HEAD_RECEIPT)), str(store.location.child(HEAD_RECEIPT)))
-    except NotFound:
-        raise Corrupt(f"{store.location.child(HEAD_RECEIPT)}: the object is missing") from None
-    arrays: dict[str, np.ndarray] = {}
-    for name in receipt.arrays:
-        if HEAD + name not in root.layouts:
-            raise Unsupported(f"{store.location}: the head names an array {name!r} that the dataset lacks")
-        arrays[name] = ArrayReader(store, root.layouts[HEAD + name]).read().astype(np.float32)
-    return Head(receipt.operations, arrays)
+    arrays = {
+        name.removeprefix(HEAD): ArrayReader(store, root.layouts[name]).read().astype(np.float32) for name in names
+    }
+    return Head(root.operations, arrays)

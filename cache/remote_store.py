@@ -60,7 +60,7 @@ class RemoteStore(Store):
         """See `Store`. Never multipart: some servers ignore the condition when a multipart upload completes."""
         with self._translated(key):
             try:
-                obstore.put(self.objects, key, bytes(data), mode="create", use_multipart=False)
+                obstore.put(self.objects, key, data, mode="create", use_multipart=False)
             except (failures.AlreadyExistsError, failures.PreconditionError):
                 return False
             return True

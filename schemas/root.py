@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from actcache.schemas.array import ArrayLayout, check_name
 from actcache.schemas.canonical import canonical, digest
@@ -18,6 +18,7 @@ from actcache.schemas.spec import ResolvedSpec
 ROOT_KEY = "zarr.json"
 MAX_ROOT_BYTES = 64 << 20
 MAJOR = int(FORMAT.split(".")[0])
+_OPERATIONS = TypeAdapter(Annotated[tuple[dict[str, str | float], ...], Field(max_length=64)])
 Role = Literal["site", "token", "output", "head", "statistics", "norm"]
 
 
@@ -101,8 +102,16 @@ def _document(attributes: Mapping[str, Any], members: Mapping[str, Mapping[str, 
     }
 
 
-def parse_root(data: bytes, where: str) -> tuple[RootAttributes, dict[str, ArrayLayout]]:
-    """Read a root, which may be a stranger's: its attributes, and the layout of every array it names a role for.
+class Root(NamedTuple):
+    """A root, read: its attributes, the layout of every array that has a role, and the head's operations."""
+
+    attributes: RootAttributes
+    layouts: dict[str, ArrayLayout]
+    operations: tuple[dict[str, str | float], ...]
+
+
+def parse_root(data: bytes, where: str) -> Root:
+    """Read a root, which may be a stranger's.
 
     Raises:
         Corrupt: the bytes are not JSON, not canonical, or do not match their digest.
@@ -127,7 +136,7 @@ def parse_root(data: bytes, where: str) -> tuple[RootAttributes, dict[str, Array
         raise Corrupt(f"{where}: {first_problem(error)}") from None
     if not root.generations:
         raise Corrupt(f"{where}: no generation; the dataset was not sealed by actcache")
-    members = document.get("consolidated_metadata", {}).get("metadata", {})
+    members = _members(document, where)
     layouts = {}
     for name in root.arrays:
         check_name(name)
@@ -137,7 +146,26 @@ def parse_root(data: bytes, where: str) -> tuple[RootAttributes, dict[str, Array
     missing = [site for site in root.sites if site not in layouts]
     if missing:
         raise Corrupt(f"{where}: site {missing[0]!r} has no array")
-    return root, layouts
+    return Root(root, layouts, _operations(members.get("head"), where))
+
+
+def _members(document: dict[str, Any], where: str) -> dict[str, Any]:
+    try:
+        members = document["consolidated_metadata"]["metadata"]
+    except (KeyError, TypeError):
+        members = None
+    if not isinstance(members, dict):
+        raise Corrupt(f"{where}: no consolidated metadata; the dataset was not sealed by actcache")
+    return members
+
+
+def _operations(group: Any, where: str) -> tuple[dict[str, str | float], ...]:
+    if group is None:
+        return ()
+    try:
+        return _OPERATIONS.validate_python(group["attributes"]["operations"])
+    except (KeyError, TypeError, ValidationError):
+        raise Corrupt(f"{where}: the head's operations are not a short list of names and numbers") from None
 
 
 def _attributes(document: Any, where: str) -> dict[str, Any]:

@@ -50,6 +50,8 @@ def test_only_the_first_tokens(built: str):
 def test_an_operation_of_a_later_version_is_refused():
     with pytest.raises(Unsupported, match="'softcap'"):
         Head([{"op": "softcap", "value": 30.0}], {}).logits(np.zeros((1, 2)))
+    with pytest.raises(ac.Corrupt, match="names no array"):
+        Head([{"op": "linear", "weight": "absent"}], {}).logits(np.zeros((1, 2)))
 
 
 def test_the_picture_is_a_picture(built: str, tmp_path: Path):

@@ -127,7 +127,8 @@ def root_of(built: str) -> tuple[dict, dict]:
 
 def test_the_root_is_its_own_canonical_form_and_any_flip_is_found(built: str):
     data = (Path(built) / "zarr.json").read_bytes()
-    attributes, layouts = parse_root(data, "root")
+    attributes, layouts, operations = parse_root(data, "root")
+    assert [operation["op"] for operation in operations] == ["layer_norm", "linear"]
     assert root_bytes({**root_of(built)[0]}, root_of(built)[1]) == data
     assert attributes.sites == list(attributes.generations[0].sites)
     assert set(attributes.arrays) == set(layouts)
@@ -157,6 +158,8 @@ def change(built: str, edit) -> bytes:
         (lambda a, m: a["arrays"].update({"nowhere": {"role": "site"}}), Corrupt, "no metadata"),
         (lambda a, m: a["arrays"].pop("blocks.0.hook_resid_pre"), Corrupt, "has no array"),
         (lambda a, m: m["token_id"].update(data_type="complex64"), Unsupported, "complex64"),
+        (lambda a, m: m["head"]["attributes"].update(operations=[[1]]), Corrupt, "operations"),
+        (lambda a, m: m["head"].pop("attributes"), Corrupt, "operations"),
     ],
 )
 def test_a_strangers_root_is_refused_with_a_reason(built: str, edit, error, says: str):
