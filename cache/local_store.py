@@ -7,15 +7,19 @@ import itertools
 import mmap
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 from actcache.cache.location import Location
 from actcache.cache.store import Store
 from actcache.schemas.errors import NotFound, StoreError
 
+T = TypeVar("T")
+
 STAGING = ".actcache/staging"
+ATTEMPTS = 10  # at making a folder that others remove as soon as it is empty
 _counter = itertools.count()
 
 
@@ -60,23 +64,25 @@ class LocalStore(Store):
         with self._writing(key):
             if path.exists():
                 return False
-            _make_folder(path.parent)
             staged = self._stage(data)
             try:
-                os.link(staged, path)
-            except FileExistsError:
-                return False
+                if not _link(staged, path):
+                    return False
             finally:
                 staged.unlink(missing_ok=True)
-            _sync_folder(path.parent)
+            with suppress(FileNotFoundError):  # another process deleted it already, and its folder
+                _sync_folder(path.parent)
             return True
 
     def replace(self, key: str, data: bytes) -> None:
         """See `Store`."""
         path = self.root / key
         with self._writing(key):
-            _make_folder(path.parent)
-            os.replace(self._stage(data), path)
+            staged = self._stage(data)
+            try:
+                _in_folder(path.parent, lambda: os.replace(staged, path))
+            finally:
+                staged.unlink(missing_ok=True)
 
     def delete(self, key: str) -> None:
         """See `Store`. Folders that this leaves empty go too."""
@@ -119,22 +125,16 @@ class LocalStore(Store):
         with self._writing(STAGING):
             if not folder.is_dir():
                 return
-            for path in folder.iterdir():
-                host, pid, _ = path.name.rsplit("+", 2)
-                if host == socket.gethostname() and not process_lives(int(pid)):
-                    path.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # another process removed the empty folder
+                for path in folder.iterdir():
+                    host, pid, _ = path.name.rsplit("+", 2)
+                    if host == socket.gethostname() and not process_lives(int(pid)):
+                        path.unlink(missing_ok=True)
             self._remove_empty(folder)
 
     def _stage(self, data: bytes | bytearray | memoryview) -> Path:
         path = self.root / STAGING / f"{socket.gethostname()}+{os.getpid()}+{next(_counter)}"
-        for attempt in (1, 2, 3):
-            _make_folder(path.parent)
-            try:
-                file = open(path, "wb")  # noqa: SIM115  (closed below)
-                break
-            except FileNotFoundError:  # another writer just removed the empty folder
-                if attempt == 3:
-                    raise
+        file = _in_folder(path.parent, lambda: open(path, "wb"))  # noqa: SIM115  (closed below)
         try:
             with file:
                 file.write(data)
@@ -182,6 +182,29 @@ def process_lives(pid: int) -> bool:
     except (PermissionError, OverflowError):
         return True
     return True
+
+
+def _link(staged: Path, path: Path) -> bool:
+    """Give a staged file its name; False if the name is taken."""
+
+    def link() -> bool:
+        try:
+            os.link(staged, path)
+        except FileExistsError:
+            return False
+        return True
+
+    return _in_folder(path.parent, link)
+
+
+def _in_folder(folder: Path, action: Callable[[], T]) -> T:
+    """Do something in a folder, which is made, and made again if another process removes it, being empty, meanwhile."""
+    for _ in range(ATTEMPTS - 1):
+        with suppress(FileNotFoundError):
+            _make_folder(folder)
+            return action()
+    _make_folder(folder)
+    return action()
 
 
 def _make_folder(folder: Path) -> None:

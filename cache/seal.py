@@ -242,7 +242,8 @@ def _root(
 
 
 def _environments(store: Store) -> list[dict[str, Any]]:
-    return [json.loads(bytes(store.get(key))) for key in sorted(store.list(ENVIRONMENTS))]
+    found = [store.get_or_none(key) for key in sorted(store.list(ENVIRONMENTS))]
+    return [json.loads(bytes(data)) for data in found if data is not None]  # another build's seal may just remove them
 
 
 def software() -> dict[str, str | None]:

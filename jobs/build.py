@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,10 +11,11 @@ from typing import Any, Literal
 from actcache.cache.location import Location
 from actcache.cache.opening import read_plan, read_root
 from actcache.cache.publish import publish
+from actcache.cache.seal import remove_scaffolding
 from actcache.cache.store import Store, open_store
 from actcache.jobs.progress import Reporter, Silent
 from actcache.jobs.resolve import Resolved, resolve
-from actcache.schemas.errors import InvalidInput, NotFound, NotSealed, SpecMismatch, Unsupported
+from actcache.schemas.errors import InvalidInput, NotFound, NotSealed, SpecMismatch, StoreError, Unsupported
 from actcache.schemas.plan import PLAN_KEY, Plan
 from actcache.schemas.root import Generation
 from actcache.schemas.spec import ResolvedSpec, Spec, difference
@@ -70,6 +72,8 @@ def build(
     sealed = _sealed(store)
     if sealed is not None:
         _same(store, "holds a sealed dataset", sealed.provenance.spec, resolved.plan)
+        with suppress(StoreError):  # a courtesy: whoever sealed it may have died before it had tidied up
+            remove_scaffolding(store)
         root = read_root(store).attributes
         return BuildResult(
             store.location.url, sealed.key, "already sealed", sealed.manifest, root.n_tokens, tuple(root.sites)
@@ -112,11 +116,13 @@ def _place(store: Store, resolved: Resolved) -> None:
     there = read_plan(store)
     if there is None:
         folders, names = store.children("")
-        if folders - {".actcache"} or names:
-            found = sorted((folders - {".actcache"}) | names)[0]
-            raise InvalidInput(
-                f"{store.location}: not empty (there is {found!r}); give a URL of its own to the dataset"
-            )
+        if others := (folders - {".actcache"}) | names:
+            there = read_plan(store)  # another build may have begun since the first look
+            if there is None:
+                raise InvalidInput(
+                    f"{store.location}: not empty (there is {min(others)!r}); give a URL of its own to the dataset"
+                )
+    if there is None:
         store.probe_create_only()
         published = publish(store, PLAN_KEY, resolved.plan.to_bytes())
         if published.other is not None:

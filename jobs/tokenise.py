@@ -62,7 +62,7 @@ def tokenise(
         if lease.acquire():
             break
         lease.wait()
-    with lease, tempfile.TemporaryFile(prefix="actcache-tokens-") as spool:
+    with lease, tempfile.TemporaryFile(prefix="actcache-tokens-", buffering=0) as spool:
         return _store(store, _spool(plan, corpus, tokenizer(), spool, tick), pool)
 
 
@@ -144,9 +144,10 @@ def _spool(plan: Plan, corpus: Corpus, tokenizer: Any, spool: IO[bytes], tick: T
 
 
 def _write(spool: IO[bytes], tokens: np.ndarray) -> None:
+    left = memoryview(tokens.tobytes())
     try:
-        spool.write(tokens.tobytes())
-        spool.flush()
+        while left:  # unbuffered: closing a file whose last bytes did not fit would raise once more
+            left = left[spool.write(left) :]
     except OSError as error:
         folder = tempfile.gettempdir()
         raise StoreError(
