@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from actcache.schemas.errors import StoreError
-
-if TYPE_CHECKING:
-    from actcache.cache.location import Location
+from actcache.cache.location import Location, check_endpoint
+from actcache.schemas.errors import InvalidInput, StoreError
 
 REFRESH_AFTER = timedelta(minutes=4)
 
@@ -38,9 +36,14 @@ def s3_access(location: Location) -> S3Access:
         session.get_scoped_config()
     except botocore.exceptions.ProfileNotFound as error:
         raise StoreError(f"{location}: {error}") from None
-    client = session.create_client("s3", endpoint_url=location.endpoint_url, region_name=_region(session))
+    check_endpoint(location.endpoint_url)
+    try:
+        client = session.create_client("s3", endpoint_url=location.endpoint_url, region_name=_region(session))
+    except ValueError as error:
+        raise InvalidInput(f"{location}: {error}") from None
     endpoint = str(client.meta.endpoint_url)
     region = client.meta.region_name
+    check_endpoint(endpoint)
     custom = None if endpoint.rstrip("/").endswith(("amazonaws.com", "amazonaws.com.cn")) else endpoint
     if location.anonymous:
         return S3Access(region, custom, None)

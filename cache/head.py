@@ -49,6 +49,26 @@ class Head:
             return x @ self._array(operation, "weight").T
         raise Unsupported(f"the dataset's head uses operation {kind!r}; upgrade actcache")
 
+    def check(self, d_model: int) -> None:
+        """Check that the operations that this version knows name arrays that fit vectors of `d_model`.
+
+        Raises:
+            Corrupt: one does not.
+        """
+        for operation in self.operations:
+            kind = operation.get("op")
+            if kind == "layer_norm":
+                fits = isinstance(operation.get("eps"), float) and all(
+                    self._array(operation, role).shape == (d_model,) for role in ("gain", "bias")
+                )
+            elif kind == "linear":
+                weight = self._array(operation, "weight")
+                fits, d_model = weight.ndim == 2 and weight.shape[1] == d_model, weight.shape[0]
+            else:
+                return  # of a later version: it tells when it is evaluated
+            if not fits:
+                raise Corrupt(f"the head's operation {kind!r} does not fit vectors of {d_model} dimensions")
+
     def _array(self, operation: Operation, role: str) -> np.ndarray:
         name = str(operation.get(role))
         if name not in self.arrays:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import mmap
 import os
 import socket
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,7 +20,6 @@ T = TypeVar("T")
 
 STAGING = ".actcache/staging"
 ATTEMPTS = 10  # at making a folder that others remove as soon as it is empty
-_counter = itertools.count()
 
 
 class LocalStore(Store):
@@ -32,13 +31,16 @@ class LocalStore(Store):
     def __init__(self, location: Location) -> None:
         self.location = location
         self.root = Path(location.path)
-        if self.root.is_file():
-            raise StoreError(f"{self.root} is a file; a dataset is a folder")
+        with self._reading(""):
+            if self.root.is_file():
+                raise StoreError(f"{self.root} is a file; a dataset is a folder")
 
-    def get(self, key: str) -> memoryview:
+    def get(self, key: str, limit: int | None = None) -> memoryview:
         """See `Store`. The file is mapped, not copied."""
         with self._reading(key), open(self.root / key, "rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:
+            size = os.fstat(file.fileno()).st_size
+            self.check_limit(key, size, limit)
+            if size == 0:
                 return memoryview(b"")
             return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
@@ -102,9 +104,9 @@ class LocalStore(Store):
                 except (FileNotFoundError, NotADirectoryError):
                     continue
                 for entry in entries:
-                    if entry.is_dir():
+                    if _is_folder(entry):
                         folders.append(Path(entry.path))
-                    else:
+                    elif entry.is_file():
                         with suppress(FileNotFoundError):
                             found[Path(entry.path).relative_to(self.root).as_posix()] = entry.stat().st_size
         return found
@@ -116,8 +118,8 @@ class LocalStore(Store):
                 entries = list(os.scandir(self.root / prefix))
             except (FileNotFoundError, NotADirectoryError):
                 return set(), set()
-            folders = {entry.name for entry in entries if entry.is_dir()}
-            return folders, {entry.name for entry in entries} - folders
+            folders = {entry.name for entry in entries if _is_folder(entry)}
+            return folders, {entry.name for entry in entries if entry.is_file()}
 
     def clean_staging(self) -> None:
         """Remove staging files of this host's dead processes."""
@@ -127,14 +129,15 @@ class LocalStore(Store):
                 return
             with suppress(FileNotFoundError):  # another process removed the empty folder
                 for path in folder.iterdir():
-                    host, pid, _ = path.name.rsplit("+", 2)
-                    if host == socket.gethostname() and not process_lives(int(pid)):
+                    host, _, pid = path.name.rpartition("+")[0].rpartition("+")
+                    if host == socket.gethostname() and pid.isdecimal() and not process_lives(int(pid)):
                         path.unlink(missing_ok=True)
             self._remove_empty(folder)
 
     def _stage(self, data: bytes | bytearray | memoryview) -> Path:
-        path = self.root / STAGING / f"{socket.gethostname()}+{os.getpid()}+{next(_counter)}"
-        file = _in_folder(path.parent, lambda: open(path, "wb"))  # noqa: SIM115  (closed below)
+        # A name that nobody else has, in any container that shares the folder.
+        path = self.root / STAGING / f"{socket.gethostname()}+{os.getpid()}+{uuid.uuid4().hex}"
+        file = _in_folder(path.parent, lambda: open(path, "xb"))  # noqa: SIM115  (closed below)
         try:
             with file:
                 file.write(data)
@@ -157,6 +160,8 @@ class LocalStore(Store):
             yield
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             raise NotFound(f"{self.root / key}: no such object") from None
+        except StoreError:
+            raise
         except OSError as error:
             raise StoreError(f"{self.root / key}: cannot be read: {error.strerror}") from None
 
@@ -171,6 +176,17 @@ class LocalStore(Store):
                 ) from None
             hint = "; this file system has no hard links" if error.errno in (errno.EPERM, errno.EOPNOTSUPP) else ""
             raise StoreError(f"{self.root / key}: cannot be written: {error.strerror}{hint}") from None
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder, and no link that leads back up."""
+    if not entry.is_symlink():
+        return entry.is_dir()
+    above = Path(entry.path).parent.resolve()
+    try:
+        return entry.is_dir() and Path(entry.path).resolve() not in [above, *above.parents]
+    except OSError:
+        return False
 
 
 def process_lives(pid: int) -> bool:

@@ -37,6 +37,7 @@ class Location:
         if isinstance(url, Location):
             return url
         text = str(url)
+        check_endpoint(endpoint_url)
         if not text:
             raise InvalidInput("an empty URL; give a path, s3://bucket/name or https://…")
         scheme = urlsplit(text).scheme if "://" in text else "file"
@@ -55,6 +56,8 @@ class Location:
         if not parts.netloc:
             raise InvalidInput(f"{text}: no {'bucket' if scheme == 's3' else 'host'} in the URL")
         path = "/".join(piece for piece in parts.path.split("/") if piece)
+        if {".", ".."} & set(path.split("/")):
+            raise InvalidInput(f"{text}: '.' and '..' have no meaning in a URL")
         if scheme != "s3":
             return cls(scheme, parts.netloc, path)
         return cls("s3", parts.netloc, path, endpoint_url, profile, anonymous)
@@ -77,3 +80,18 @@ class Location:
 
     def __str__(self) -> str:
         return self.url
+
+
+def check_endpoint(endpoint_url: str | None) -> None:
+    """Refuse an S3 endpoint that is no URL, or that holds a password, which would travel with every graph.
+
+    Raises:
+        InvalidInput: it does.
+    """
+    if endpoint_url is None:
+        return
+    parts = urlsplit(endpoint_url)
+    if parts.username or parts.password:
+        raise InvalidInput(f"endpoint {parts.scheme}://{parts.hostname}: no user or password in a URL; use a profile")
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        raise InvalidInput(f"endpoint {endpoint_url!r}: not a URL such as https://s3.example.org")

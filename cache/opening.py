@@ -10,9 +10,10 @@ from actcache.cache.head import Head
 from actcache.cache.reader import ArrayReader
 from actcache.cache.store import Store
 from actcache.schemas.array import ArrayLayout
-from actcache.schemas.errors import NotFound, NotSealed
+from actcache.schemas.errors import Corrupt, NotFound, NotSealed
 from actcache.schemas.plan import PLAN_KEY, Plan
-from actcache.schemas.root import ROOT_KEY, RootAttributes, parse_root
+from actcache.schemas.root import MAX_ROOT_BYTES, ROOT_KEY, RootAttributes
+from actcache.schemas.root_document import parse_root
 
 HEAD = "head/"
 
@@ -36,7 +37,7 @@ def read_root(store: Store) -> SealedRoot:
         Corrupt, Unsupported: the root is damaged, foreign or newer than this version.
     """
     where = str(store.location.child(ROOT_KEY))
-    found = store.get_or_none(ROOT_KEY)
+    found = store.get_or_none(ROOT_KEY, MAX_ROOT_BYTES)
     if found is None:
         if store.get_or_none(PLAN_KEY) is not None:
             raise NotSealed(
@@ -70,4 +71,8 @@ def read_head(store: Store, root: SealedRoot) -> Head:
     arrays = {
         name.removeprefix(HEAD): ArrayReader(store, root.layouts[name]).read().astype(np.float32) for name in names
     }
-    return Head(root.operations, arrays)
+    if not root.operations:
+        raise Corrupt(f"{store.location.child(ROOT_KEY)}: the head declares no operations")
+    head = Head(root.operations, arrays)
+    head.check(root.attributes.d_model)
+    return head

@@ -71,7 +71,7 @@ class ArrayReader:
         key = layout.shard_key(shard)
         where = self._where(key)
         index = self._index(shard, key)
-        spans = [chunk_span(index, chunk, 1 << 62, where) for chunk in range(first, last + 1)]
+        spans = [chunk_span(layout, index, chunk, 1 << 62, where) for chunk in range(first, last + 1)]
         begin, end = min(offset for offset, _ in spans), max(offset + length for offset, length in spans)
         wanted = sum(length for _, length in spans)
         if end - begin > wanted + GAP_BYTES * len(spans):
@@ -106,8 +106,3 @@ class ArrayReader:
 
     def _missing(self, key: str) -> Corrupt:
         return Corrupt(f"{self._where(key)}: the shard is missing; copy it again from where the dataset came")
-
-
-def missing_or(error: NotFound, where: str) -> Corrupt:
-    """A missing object of a sealed dataset, as the corruption it is."""
-    return Corrupt(f"{where}: the object is missing; copy it again from where the dataset came ({error})")

@@ -34,10 +34,12 @@ class RemoteStore(Store):
 
     objects: ObstoreS3 | ObstoreHttp | ObstoreMemory
 
-    def get(self, key: str) -> memoryview:
+    def get(self, key: str, limit: int | None = None) -> memoryview:
         """See `Store`."""
         with self._translated(key):
-            return memoryview(obstore.get(self.objects, key).bytes())
+            found = obstore.get(self.objects, key)
+            self.check_limit(key, int(found.meta["size"]), limit)
+            return memoryview(found.bytes())
 
     def get_range(self, key: str, start: int, length: int) -> memoryview:
         """See `Store`."""
@@ -128,25 +130,16 @@ class S3Store(RemoteStore):
             **options,
         )
 
-    def list(self, prefix: str = "") -> dict[str, int]:
-        """See `Store`. One recursive listing, never cached."""
-        base = "/".join(part for part in (self.location.host, self.location.path) if part)
-        try:
-            found = self.names.find(f"{base}/{prefix}" if prefix else base, detail=True)
-        except FileNotFoundError:
-            return {}
-        except OSError as error:
-            raise StoreError(f"{self.location}: cannot be listed: {_reason(error)}") from None
-        return {str(name).removeprefix(base + "/"): int(entry["size"]) for name, entry in found.items()}
-
     def children(self, prefix: str) -> tuple[set[str], set[str]]:
         """See `Store`."""
         base = "/".join(part for part in (self.location.host, self.location.path) if part)
         try:
             found = self.names.ls(f"{base}/{prefix}".rstrip("/"), detail=True)
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            if "NoSuchBucket" in str(error.__cause__):
+                raise StoreError(f"{self.location}: there is no bucket {self.location.host!r}") from None
             return set(), set()
-        except OSError as error:
+        except Exception as error:  # s3fs lets botocore's and aiohttp's own through
             raise StoreError(f"{self.location}: cannot be listed: {_reason(error)}") from None
         names = [(str(entry["name"]).rstrip("/").rsplit("/", 1)[-1], entry["type"]) for entry in found]
         return {name for name, kind in names if kind == "directory"}, {
@@ -155,18 +148,14 @@ class S3Store(RemoteStore):
 
     @cached_property
     def names(self) -> Any:
-        """The s3fs file system of this location."""
+        """The s3fs file system of this location. It finds, and renews, credentials as botocore does."""
         import s3fs
 
-        access = self._access
-        secret: dict[str, Any] = {"anon": True}
-        if access.credentials is not None:
-            found = access.credentials()
-            secret = {"key": found["access_key_id"], "secret": found["secret_access_key"], "token": found["token"]}
         return s3fs.S3FileSystem(
-            **secret,
-            endpoint_url=access.endpoint_url,
-            client_kwargs={"region_name": access.region},
+            anon=self.location.anonymous,
+            profile=self.location.profile,
+            endpoint_url=self._access.endpoint_url,
+            client_kwargs={"region_name": self._access.region},
             use_listings_cache=False,
             skip_instance_cache=True,
         )
@@ -212,6 +201,8 @@ class MemoryStore(RemoteStore):
 def _reason(error: BaseException) -> str:
     """The cause of a failure on one line: an S3 error's code and message, else the first line."""
     text = str(error)
+    if text in ("", "None"):
+        text = str(error.__cause__ or type(error).__name__)
     code = re.search(r"<Code>(.*?)</Code>", text)
     message = re.search(r"<Message>(.*?)</Message>", text)
     if code:

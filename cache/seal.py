@@ -21,13 +21,14 @@ from actcache.cache.publish import publish, publish_array, publish_document
 from actcache.cache.statistics import Moments, unpack
 from actcache.cache.store import PROBES, Store
 from actcache.schemas.array import ArrayLayout, group_document, head_group
-from actcache.schemas.canonical import sha256
+from actcache.schemas.canonical import digest, sha256
 from actcache.schemas.errors import Corrupt, NotFound, NotSealed, SpecMismatch
 from actcache.schemas.grid import LOSS, NORM, Grid, whole_layout
 from actcache.schemas.manifest import manifest_bytes, manifest_key
 from actcache.schemas.plan import FORMAT, PLAN_KEY, TOKENS_KEY, Plan, StoredObject, TokensRecord
 from actcache.schemas.receipt import HEAD_RECEIPT, HeadReceipt, Receipt, receipt_key, statistics_key
-from actcache.schemas.root import ROOT_KEY, ReplayResult, root_bytes
+from actcache.schemas.root import ROOT_KEY, ReplayResult
+from actcache.schemas.root_document import root_bytes
 
 ENVIRONMENTS = ".actcache/environments/"
 NOT_REPLAYED = ReplayResult(status="not replayed")
@@ -212,7 +213,7 @@ def _root(
         "site_meaning": {site: SITE_MEANING[site.rsplit(".", 1)[-1]] for site in plan.spec.sites},
         "software": software(),
         "environments": environments,
-        "mixed_environments": len(environments) > 1,
+        "mixed_environments": len({digest(_hardware(environment)) for environment in environments}) > 1,
         "mixed_attempts": sorted({key for receipt in parts.receipts for key in receipt.mixed_attempts}),
         "replay": replay.document(),
         "began": began.isoformat(timespec="seconds") if began else None,
@@ -244,6 +245,11 @@ def _root(
 def _environments(store: Store) -> list[dict[str, Any]]:
     found = [store.get_or_none(key) for key in sorted(store.list(ENVIRONMENTS))]
     return [json.loads(bytes(data)) for data in found if data is not None]  # another build's seal may just remove them
+
+
+def _hardware(environment: dict[str, Any]) -> dict[str, Any]:
+    """An environment but for the errors of its proof, which may differ in their last bits on one machine."""
+    return {name: value for name, value in environment.items() if name != "proof"}
 
 
 def software() -> dict[str, str | None]:

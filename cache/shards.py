@@ -16,7 +16,7 @@ import google_crc32c
 import numpy as np
 from numcodecs import blosc
 
-from actcache.schemas.array import CRC_BYTES, INDEX_ENTRY_BYTES, ArrayLayout
+from actcache.schemas.array import BLOSC_OVERHEAD, CRC_BYTES, INDEX_ENTRY_BYTES, ArrayLayout
 from actcache.schemas.errors import Corrupt
 
 ABSENT = (1 << 64) - 1
@@ -114,14 +114,15 @@ def decode_index(layout: ArrayLayout, tail: Buffer, where: str) -> np.ndarray:
     return np.frombuffer(body, "<u8").reshape(-1, INDEX_ENTRY_BYTES // 8)
 
 
-def chunk_span(index: np.ndarray, chunk: int, limit: int, where: str) -> tuple[int, int]:
-    """Offset and length of a chunk, checked to lie within `limit` bytes.
+def chunk_span(layout: ArrayLayout, index: np.ndarray, chunk: int, limit: int, where: str) -> tuple[int, int]:
+    """Offset and length of a chunk, checked to lie within `limit` bytes and to be no longer than a chunk can be.
 
     Raises:
         Corrupt: the chunk is absent or out of bounds.
     """
     offset, length = int(index[chunk, 0]), int(index[chunk, 1])
-    if offset == ABSENT or length <= CRC_BYTES or offset + length > limit:
+    longest = layout.chunk_bytes + BLOSC_OVERHEAD + CRC_BYTES
+    if offset == ABSENT or not CRC_BYTES < length <= longest or offset + length > limit:
         raise Corrupt(f"{where}: chunk {chunk} is absent or out of bounds; {ADVICE}")
     return offset, length
 
@@ -157,9 +158,10 @@ def decode_shard(layout: ArrayLayout, shard: Buffer, rows: int, where: str) -> n
     """
     view = memoryview(shard)
     index = decode_index(layout, view[-layout.index_bytes :], where)
+    firsts = range(0, rows, layout.chunk_rows)
+    spans = [chunk_span(layout, index, chunk, len(view), where) for chunk in range(len(firsts))]
     out = np.empty((rows, *layout.row_shape), layout.numpy_dtype)
-    for chunk, first in enumerate(range(0, rows, layout.chunk_rows)):
-        offset, length = chunk_span(index, chunk, len(view), where)
+    for first, (offset, length) in zip(firsts, spans, strict=True):
         decode_chunk(layout, view[offset : offset + length], out[first : first + layout.chunk_rows], where)
     return out
 

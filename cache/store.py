@@ -22,8 +22,19 @@ class Store(ABC):
     location: Location
 
     @abstractmethod
-    def get(self, key: str) -> memoryview:
-        """The whole object."""
+    def get(self, key: str, limit: int | None = None) -> memoryview:
+        """The whole object.
+
+        Raises:
+            Unsupported: it has more than `limit` bytes; none of them was read.
+        """
+
+    def check_limit(self, key: str, size: int, limit: int | None) -> None:
+        """Refuse an object that is too large to be what it should be."""
+        if limit is not None and size > limit:
+            raise Unsupported(
+                f"{self.location.child(key)}: {size:,} bytes are more than the {limit:,} that it may have"
+            )
 
     @abstractmethod
     def get_range(self, key: str, start: int, length: int) -> memoryview:
@@ -68,10 +79,10 @@ class Store(ABC):
             Unsupported: the store has no listings (HTTP).
         """
 
-    def get_or_none(self, key: str) -> memoryview | None:
+    def get_or_none(self, key: str, limit: int | None = None) -> memoryview | None:
         """The whole object, or None if there is none."""
         try:
-            return self.get(key)
+            return self.get(key, limit)
         except NotFound:
             return None
 

@@ -12,8 +12,8 @@ from actcache.cache.opening import SealedRoot, read_root
 from actcache.cache.store import Store
 from actcache.schemas.canonical import canonical, sha256
 from actcache.schemas.errors import Corrupt, NotFound, Unsupported
-from actcache.schemas.manifest import manifest_key, parse_manifest
-from actcache.schemas.plan import StoredObject
+from actcache.schemas.manifest import MAX_MANIFEST_BYTES, manifest_key, parse_manifest
+from actcache.schemas.plan import PLAN_KEY, StoredObject
 from actcache.schemas.root import ROOT_KEY
 
 
@@ -50,13 +50,15 @@ def verify(
     `progress` is called with the bytes checked so far and the bytes to check.
 
     Raises:
-        NotFound, NotSealed: there is no sealed dataset.
+        NotFound, NotSealed, Unsupported: there is no sealed dataset of ours.
         StoreError: the store failed.
     """
     report = Report(str(store.location), full)
     try:
         root = read_root(store)
-    except Corrupt as error:
+    except (Corrupt, Unsupported) as error:
+        if isinstance(error, Unsupported) and store.get_or_none(PLAN_KEY) is None:
+            raise  # never was a dataset of ours
         report.problems.append(Problem(ROOT_KEY, str(error)))
         return report
     report.objects, report.bytes = 1, len(root.data)
@@ -66,7 +68,7 @@ def verify(
         key = manifest_key(generation.manifest)
         names.add(key)
         try:
-            data = bytes(store.get(key))
+            data = bytes(store.get(key, MAX_MANIFEST_BYTES))
             entries = parse_manifest(data, generation.manifest)
         except NotFound:
             report.problems.append(Problem(key, "missing"))

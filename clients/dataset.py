@@ -5,16 +5,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from actcache.cache.head import Head
-from actcache.cache.opening import SealedRoot, read_head
+from actcache.cache.location import Location
+from actcache.cache.opening import SealedRoot, read_head, read_root
 from actcache.cache.reader import ArrayReader
-from actcache.cache.store import Store
+from actcache.cache.store import Store, open_store
 from actcache.clients.lazy import lazy_array
-from actcache.clients.summary import html_summary, summary
+from actcache.clients.summary import html_summary, printable, summary
 from actcache.schemas.dtypes import numpy_dtype
 from actcache.schemas.errors import InvalidInput, NotFound
 from actcache.schemas.plan import ModelShape
@@ -92,6 +93,18 @@ class Dataset:
             NotFound: no array of that name.
         """
         return self.site(name) if name in self.sites else self._array(name, None)
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is an array of that name."""
+        return name in self._root.layouts
+
+    def __iter__(self) -> Iterator[str]:
+        """The sites, in model order."""
+        return iter(self.sites)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A dataset travels as its location: without credentials, which are found anew where it arrives."""
+        return _reopen, (self._store.location,)
 
     def site(self, name: str, dtype: Literal["float32", "stored"] = "float32") -> da.Array:
         """A site as a lazy Dask array (token, d_model), float32 or as stored.
@@ -204,7 +217,7 @@ class Dataset:
         revision = f" @ {labels.revision}" if labels.revision else ""
         shown = [self.sites[0], "…", self.sites[-1]] if len(self.sites) > 3 else self.sites
         extras = list(itertools.chain(spec.outputs, ["head"] if spec.head else []))
-        return {
+        facts = {
             "url": self.url,
             "model": f"{labels.model}{revision} ({spec.model.family}, {self.model.n_layers} layers × {self.d_model})",
             "corpus": ", ".join(labels.corpus),
@@ -215,9 +228,15 @@ class Dataset:
             "size": f"{self.raw_bytes / 1e9:,.2f} GB of activations, not compressed",
             "key": self.key,
         }
+        return {name: printable(value) for name, value in facts.items()}
 
     def __repr__(self) -> str:
         return summary(self.facts())
 
     def _repr_html_(self) -> str:
         return html_summary(self.facts())
+
+
+def _reopen(location: Location) -> Dataset:
+    store = open_store(location)
+    return Dataset(store, read_root(store))

@@ -19,3 +19,8 @@ def html_summary(facts: Mapping[str, str]) -> str:
         for name, value in facts.items()
     )
     return f"<div><b>actcache.Dataset</b><table>{rows}</table></div>"
+
+
+def printable(value: str) -> str:
+    """A value without control characters, which a stranger could use to rewrite a terminal."""
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in value)

@@ -116,13 +116,13 @@ class BlockRunner:
         if computed.loss:
             data = encode_shard(grid.loss, np.concatenate(computed.loss), self._pool)
             shards.append(publish_shard(self._store, grid.loss, block, data))
-        statistics = self._publish_statistics(block, [moments for moments, _ in measured])
+        statistics, other = self._publish_statistics(block, [moments for moments, _ in measured])
         receipt = Receipt(
             block=block,
             start=computed.start,
             stop=computed.stop,
             objects=(*(shard.stored for shard in shards), statistics),
-            mixed_attempts=tuple(shard.stored.key for shard in shards if shard.kept is not None),
+            mixed_attempts=(*(shard.stored.key for shard in shards if shard.kept is not None), *other),
         )
         published = publish(self._store, receipt_key(block), receipt.to_bytes())
         if published.other is None:
@@ -140,21 +140,22 @@ class BlockRunner:
             whole = whole.merge(part)
         return shard, (whole, np.concatenate([norms for _, norms in parts]))
 
-    def _publish_statistics(self, block: int, moments: list[Moments]) -> StoredObject:
+    def _publish_statistics(self, block: int, moments: list[Moments]) -> tuple[StoredObject, list[str]]:
+        """Store a block's statistics. Those of an earlier attempt that differ by rounding alone are kept and reported."""
         published = publish(self._store, statistics_key(block), pack(moments))
-        if published.other is not None:
-            try:
-                theirs = unpack(published.other, [len(part.mean) for part in moments], moments[0].count)
-                same = all(
-                    np.allclose(a.mean, b.mean) and np.allclose(a.m2, b.m2)
-                    for a, b in zip(moments, theirs, strict=True)
-                )
-            except ValueError:
-                same = False
-            if not same:
-                key = self._store.location.child(statistics_key(block))
-                raise Corrupt(f"{key}: holds statistics of other values; remove it and run again")
-        return published.stored
+        if published.other is None:
+            return published.stored, []
+        try:
+            theirs = unpack(published.other, [len(part.mean) for part in moments], moments[0].count)
+            same = all(
+                np.allclose(a.mean, b.mean) and np.allclose(a.m2, b.m2) for a, b in zip(moments, theirs, strict=True)
+            )
+        except ValueError:
+            same = False
+        if not same:
+            key = self._store.location.child(statistics_key(block))
+            raise Corrupt(f"{key}: holds statistics of other values; remove it and run again")
+        return published.stored, [published.stored.key]
 
 
 def _raise_first(computed: Computed) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from actcache.jobs.corpus import printable
 from actcache.jobs.families import family_of
 from actcache.jobs.fingerprint import file_sha256
 from actcache.schemas.canonical import digest
@@ -75,7 +76,10 @@ class Checkpoint:
             if (self.folder / name).is_file():
                 return [self.folder / name]
             if index.is_file():
-                return [self.folder / part for part in sorted(set(_json(index)["weight_map"].values()))]
+                parts = _json(index).get("weight_map")
+                if not isinstance(parts, dict) or not all(isinstance(part, str) for part in parts.values()):
+                    raise InvalidInput(f"{index}: no weight_map")
+                return [self.folder / part for part in sorted(set(parts.values()))]
         raise InvalidInput(f"{self.folder}: no weights (model.safetensors or pytorch_model.bin)")
 
     def dtype(self) -> str:
@@ -123,7 +127,7 @@ def locate(model: str, revision: str | None) -> Checkpoint:
     config = folder / "config.json"
     if not config.is_file():
         raise InvalidInput(f"{folder}: no config.json; is this a model's folder?")
-    return Checkpoint(folder, name, pinned, _json(config))
+    return Checkpoint(folder, printable(name), pinned, _json(config))
 
 
 def _download(model: str, revision: str | None) -> Path:
@@ -158,14 +162,21 @@ def _snapshot(model: str, revision: str | None, weights: str) -> Path:
 
 
 def _folded(files: list[Path]) -> str:
-    return digest([[path.name, sha] for path, sha in zip(files, file_sha256(files), strict=True)])
-
-
-def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        hashes = file_sha256(files)
+    except OSError as error:
+        raise InvalidInput(f"{error.filename}: cannot be read: {error.strerror}") from None
+    return digest([[path.name, sha] for path, sha in zip(files, hashes, strict=True)])
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise InvalidInput(f"{path}: {error}") from None
+    if not isinstance(document, dict):
+        raise InvalidInput(f"{path}: not a JSON object")
+    return document
 
 
 def _safetensors_sizes(path: Path) -> list[tuple[str, int]]:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import glob
 import gzip
-import io
 import json
 import os
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal, cast
@@ -59,40 +57,46 @@ class Corpus:
         """
         for index, path in enumerate(self.files):
             try:
-                self._check_unchanged(index)
+                self.check_unchanged(index)
                 if self.kind == "text":
                     yield Document(index, 0, path.read_bytes().decode("utf-8"))
                 else:
                     yield from self._rows(index, path)
-                self._check_unchanged(index)
+                self.check_unchanged(index)
             except UnicodeDecodeError as error:
                 raise InvalidInput(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
             except (OSError, EOFError, zlib.error) as error:
                 raise InvalidInput(f"{path}: cannot be read: {error}") from None
 
-    def _check_unchanged(self, index: int) -> None:
+    def check_unchanged(self, index: int) -> None:
+        """Check that a file is still what was hashed.
+
+        Raises:
+            InvalidInput: it has changed.
+        """
         path = self.files[index]
         if file_state(path) != self.states[index] and file_sha256([path]) != [self.sources[index].sha256]:
             raise InvalidInput(f"{path}: the file changed since the build began; run the command again")
 
     def _rows(self, index: int, path: Path) -> Iterator[Document]:
-        with _opened(path) as file:
-            for row, line in enumerate(file):
-                if not line.strip():
-                    continue
+        for row, line in enumerate(_lines(path)):
+            if line.strip():
                 yield Document(index, row, self._text(line, f"{path}, line {row + 1}"))
 
     def _text(self, line: bytes, where: str) -> str:
         try:
             value = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InvalidInput(f"{where}: not JSON: {error}") from None
         if not isinstance(value, dict) or not isinstance(value.get(self.text_field), str):
             names = ", ".join(value) if isinstance(value, dict) else type(value).__name__
             raise InvalidInput(
                 f"{where}: no text in field {self.text_field!r} (there is: {names}); choose with --text-field"
             )
-        return str(value[self.text_field])
+        text = str(value[self.text_field])
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise InvalidInput(f"{where}: field {self.text_field!r} holds half of a surrogate pair, which is no text")
+        return text
 
 
 def open_corpus(patterns: tuple[str, ...], text_field: str) -> Corpus:
@@ -119,7 +123,7 @@ def open_corpus(patterns: tuple[str, ...], text_field: str) -> Corpus:
     except OSError as error:
         raise InvalidInput(f"{error.filename}: cannot be read: {error.strerror}") from None
     sources = tuple(
-        Source(name=found[path], bytes=state.size, sha256=sha)
+        Source(name=printable(found[path]), bytes=state.size, sha256=sha)
         for path, state, sha in zip(files, states, hashes, strict=True)
     )
     return Corpus("jsonl" if kinds == {"jsonl"} else "text", text_field, files, sources, states)
@@ -147,23 +151,45 @@ def _fixed_part(pattern: str) -> Path:
     return Path(*parts[:fixed])
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes]]:
+def _lines(path: Path) -> Iterator[bytes]:
     """A file's lines, decompressed."""
-    if path.suffix == ".gz":
-        with gzip.open(path, "rb") as unzipped:
-            yield cast("IO[bytes]", unzipped)
-    elif path.suffix == ".zst":
-        import zstandard
-
-        try:
-            with (
-                path.open("rb") as packed,
-                zstandard.ZstdDecompressor().stream_reader(packed, read_across_frames=True) as plain,
-            ):
-                yield io.BufferedReader(plain)
-        except zstandard.ZstdError as error:
-            raise OSError(str(error)) from None
+    if path.suffix == ".zst":
+        yield from _split(_unzstd(path))
     else:
-        with path.open("rb") as file:
-            yield file
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+            yield from cast("IO[bytes]", file)
+
+
+def _unzstd(path: Path) -> Iterator[bytes]:
+    """A .zst file's content in portions, frame after frame. One that ends within a frame is an error."""
+    import zstandard
+
+    frame, begun = None, False
+    with path.open("rb") as file:
+        while data := file.read(1 << 20):
+            begun = True
+            while data:
+                frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                try:
+                    yield frame.decompress(data)
+                except zstandard.ZstdError as error:
+                    raise OSError(str(error)) from None
+                data = frame.unused_data if frame.eof else b""
+                frame = None if frame.eof else frame
+    if frame is not None or not begun:
+        raise EOFError("the compressed data ends too soon")
+
+
+def _split(portions: Iterator[bytes]) -> Iterator[bytes]:
+    rest = b""
+    for portion in portions:
+        *lines, rest = (rest + portion).split(b"\n")
+        for line in lines:
+            yield line + b"\n"
+    if rest:
+        yield rest
+
+
+def printable(name: str) -> str:
+    """A file's name as text: bytes that are not UTF-8 are replaced."""
+    return os.fsencode(name).decode("utf-8", "replace")

@@ -20,11 +20,11 @@ def family_of(config: Mapping[str, Any], where: str) -> str:
         Unsupported: this version cannot capture it.
     """
     family = config.get("model_type")
-    if family not in _SIZES:
+    if not isinstance(family, str) or family not in _SIZES:
         raise Unsupported(
             f"{where}: model type {family!r} cannot be captured by this version; it can: {', '.join(_SIZES)}"
         )
-    return str(family)
+    return family
 
 
 def shape_of(config: Mapping[str, Any], where: str) -> ModelShape:

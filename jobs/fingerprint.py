@@ -9,7 +9,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
-_TABLE = "create table if not exists hashes (path text primary key, size int, mtime int, ctime int, sha256 text)"
+_TABLE = "create table if not exists hashes (path blob primary key, size int, mtime int, ctime int, sha256 text)"
 
 
 class FileState(NamedTuple):
@@ -56,14 +56,16 @@ def file_sha256(paths: list[Path]) -> list[str]:
 
 
 def _recall(states: list[FileState]) -> dict[FileState, str]:
-    wanted = {state.path: state for state in states}
+    known: dict[FileState, str] = {}
+    asked = "select sha256 from hashes where path = ? and size = ? and mtime = ? and ctime = ?"
     try:
         with closing(_connect()) as database:
-            asked = "select path, size, mtime, ctime, sha256 from hashes where path = ?"
-            rows = [row for path in wanted for row in database.execute(asked, (path,))]
+            for state in states:
+                for (sha,) in database.execute(asked, _row(state)):
+                    known[state] = sha
     except (OSError, sqlite3.Error):
         return {}
-    return {wanted[row[0]]: row[4] for row in rows if wanted[row[0]] == tuple(row[:4])}
+    return known
 
 
 def _remember(hashes: dict[FileState, str]) -> None:
@@ -71,10 +73,14 @@ def _remember(hashes: dict[FileState, str]) -> None:
         return
     try:
         with closing(_connect()) as database, database:
-            rows = [(*state, sha) for state, sha in hashes.items()]
+            rows = [(*_row(state), sha) for state, sha in hashes.items()]
             database.executemany("insert or replace into hashes values (?, ?, ?, ?, ?)", rows)
     except (OSError, sqlite3.Error):
         pass  # nothing is lost but time: the next run hashes again
+
+
+def _row(state: FileState) -> tuple[bytes, int, int, int]:
+    return os.fsencode(state.path), state.size, state.mtime, state.ctime
 
 
 def _connect() -> sqlite3.Connection:

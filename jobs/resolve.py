@@ -7,10 +7,11 @@ from glob import has_magic
 from pathlib import Path
 
 from actcache.jobs.checkpoint import Checkpoint, locate
-from actcache.jobs.corpus import Corpus, open_corpus
+from actcache.jobs.corpus import Corpus, open_corpus, printable
 from actcache.jobs.families import ATTENTION, family_of, shape_of
 from actcache.schemas.dtypes import numpy_dtype
 from actcache.schemas.errors import InvalidInput
+from actcache.schemas.grid import Grid
 from actcache.schemas.plan import BatchRule, Labels, ModelShape, Plan
 from actcache.schemas.sites import all_sites, expand
 from actcache.schemas.spec import CAPTURE_VERSION, Execution, Layout, ResolvedSpec, Spec
@@ -37,10 +38,16 @@ class Resolved:
         Raises:
             InvalidInput: one has changed.
         """
-        if (
-            self.checkpoint.identity() != self.plan.spec.model
-            or self.checkpoint.tokenizer() != self.plan.spec.tokenizer
-        ):
+        if self.checkpoint.identity() != self.plan.spec.model:
+            raise InvalidInput(f"{self.checkpoint.folder}: a file changed since the build began; run the command again")
+
+    def check_tokenizer(self) -> None:
+        """Check that the tokenizer's files are still those of the plan.
+
+        Raises:
+            InvalidInput: one has changed.
+        """
+        if self.checkpoint.tokenizer() != self.plan.spec.tokenizer:
             raise InvalidInput(f"{self.checkpoint.folder}: a file changed since the build began; run the command again")
 
 
@@ -90,6 +97,7 @@ def resolve(spec: Spec) -> Resolved:
         batches=BatchRule(size=batch_size),
         sources=corpus.sources,
     )
+    _check_layout(plan)
     return Resolved(plan, checkpoint, corpus)
 
 
@@ -114,9 +122,18 @@ def layout_of(spec: Spec, shape: ModelShape, context: int, stored_dtype: str) ->
     return Layout(block_tokens=block, chunk_tokens=chunk)
 
 
+def _check_layout(plan: Plan) -> None:
+    """Refuse, before anything is stored, a layout that no reader would accept."""
+    try:
+        list(Grid(plan, 1, 1, 1).block_arrays())
+    except InvalidInput as error:
+        raise InvalidInput(f"--block-tokens, --chunk-tokens: {error}") from None
+
+
 def _corpus_labels(patterns: tuple[str, ...]) -> tuple[str, ...]:
     """What the corpus is called: files by name, globs with the folder before them; the first few of many."""
     names = ["/".join(pattern.split("/")[-2:]) if has_magic(pattern) else Path(pattern).name for pattern in patterns]
+    names = [printable(name) for name in names]
     more = (f"and {len(names) - LABELS} more",) if len(names) > LABELS else ()
     return (*names[:LABELS], *more)
 

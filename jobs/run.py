@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from typing import Any
 
 from actcache.cache.publish import publish, publish_array, publish_document, publish_metadata
 from actcache.cache.reader import ArrayReader
@@ -57,7 +58,7 @@ def run_plan(store: Store, resolved: Resolved, reporter: Reporter, tokenise_only
             store,
             plan,
             resolved.corpus,
-            lambda: load_tokenizer(resolved.checkpoint.folder),
+            lambda: _tokenizer(resolved),
             pool,
             lambda count: reporter.progress(Progress("tokenise", count)),
         )
@@ -68,8 +69,8 @@ def run_plan(store: Store, resolved: Resolved, reporter: Reporter, tokenise_only
             return Outcome(None, 0, 0, recomputed)
         if recomputed > RECOMPUTED_WARNING:
             reporter.note(
-                f"{recomputed:.1%} of the tokens are run twice, since their sequences cross blocks of {grid.block_tokens} "
-                "tokens; larger blocks (--block-tokens) cost less"
+                f"{recomputed:.1%} more tokens are run than stored, since sequences cross blocks of {grid.block_tokens} tokens; "
+                "larger blocks (--block-tokens) cost less"
             )
         parts = load_parts(resolved.checkpoint.folder, plan.spec)
         resolved.check_model()
@@ -88,6 +89,12 @@ def run_plan(store: Store, resolved: Resolved, reporter: Reporter, tokenise_only
         return Outcome(seal(store, pool, result, began), blocks.count, blocks.state.bytes_written, recomputed)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _tokenizer(resolved: Resolved) -> Any:
+    tokenizer = load_tokenizer(resolved.checkpoint.folder)
+    resolved.check_tokenizer()
+    return tokenizer
 
 
 def _prepare(store: Store, grid: Grid, parts: ModelParts, runner: BlockRunner, pool: BoundedPool) -> None:

@@ -62,6 +62,9 @@ def tokenise(
         if lease.acquire():
             break
         lease.wait()
+    if store.get_or_none(TOKENS_KEY) is not None:  # the holder before finished between the two looks
+        with lease:
+            return tokenise(store, plan, corpus, tokenizer, pool, tick)
     with lease, tempfile.TemporaryFile(prefix="actcache-tokens-", buffering=0) as spool:
         return _store(store, _spool(plan, corpus, tokenizer(), spool, tick), pool)
 
@@ -121,6 +124,7 @@ def _spool(plan: Plan, corpus: Corpus, tokenizer: Any, spool: IO[bytes], tick: T
             lengths.append(len(tokens))
             rows.append((document.source, document.row))
             if total == spec.max_tokens:
+                corpus.check_unchanged(document.source)
                 break
         tick(total)
         if total == spec.max_tokens:

@@ -18,6 +18,8 @@ MAX_CHUNK_BYTES = 1 << 30
 MAX_SHARD_CHUNKS = 1 << 20
 MAX_RANK = 4
 MAX_SHARDS = 1 << 24
+MAX_SHARD_BYTES = 4 << 30
+BLOSC_OVERHEAD = 16
 INDEX_ENTRY_BYTES = 16
 CRC_BYTES = 4
 
@@ -47,6 +49,7 @@ class ArrayLayout:
         numpy_dtype(self.dtype)
         for what, size, most in (
             ("bytes in a chunk", self.chunk_bytes, MAX_CHUNK_BYTES),
+            ("bytes in a shard", self.shard_rows * self.row_bytes, MAX_SHARD_BYTES),
             ("chunks in a shard", self.chunks_per_shard, MAX_SHARD_CHUNKS),
             ("shards", self.n_shards, MAX_SHARDS),
         ):
@@ -177,7 +180,7 @@ class ArrayLayout:
                 "storage transformers": (document.get("storage_transformers") or [], []),
             }
             dtype, dimensions = document["data_type"], tuple(document.get("dimension_names") or ())
-            attributes = document.get("attributes") or {}
+            attributes = dict(document.get("attributes") or {})
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise Unsupported(f"{name}/zarr.json: not an array of format 1 ({type(error).__name__}: {error})") from None
         for what, (found, expected) in names.items():
@@ -188,6 +191,8 @@ class ArrayLayout:
             raise Unsupported(f"{name}/zarr.json: a size is not a whole positive number")
         if not 1 <= len(shape) <= MAX_RANK or not len(shape) == len(shard) == len(chunk):
             raise Unsupported(f"{name}/zarr.json: rank {len(shape)} is not between 1 and {MAX_RANK}, or differs")
+        if len(dimensions) != len(shape) or not all(isinstance(name, str) for name in dimensions):
+            raise Unsupported(f"{name}/zarr.json: dimension_names are not one text an axis")
         if not shape[1:] == shard[1:] == chunk[1:]:
             raise Unsupported(f"{name}/zarr.json: format 1 cuts arrays along the first axis alone")
         try:

@@ -12,6 +12,7 @@ from actcache.schemas.errors import Corrupt
 from actcache.schemas.plan import StoredObject
 from actcache.schemas.record import first_problem
 
+MAX_MANIFEST_BYTES = 4 << 30
 _KEY = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.:\-]*(/[A-Za-z0-9_.][A-Za-z0-9_.:\-]*)*")
 
 

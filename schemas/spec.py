@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -67,7 +67,13 @@ class Spec(BaseModel):
     @field_validator("corpus", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
-        return (str(value),) if isinstance(value, str | Path) else tuple(str(item) for item in value)
+        if isinstance(value, str | Path):
+            return (str(value),)
+        return (
+            [str(item) if isinstance(item, Path) else item for item in value]
+            if isinstance(value, list | tuple)
+            else value
+        )
 
     @field_validator("model", mode="before")
     @classmethod
@@ -77,24 +83,28 @@ class Spec(BaseModel):
     @field_validator("sites", mode="before")
     @classmethod
     def _joined(cls, value: Any) -> Any:
-        return value if isinstance(value, str) else " ".join(value)
+        return " ".join(map(str, value)) if isinstance(value, list | tuple) else value
+
+    @field_validator("outputs", mode="before")
+    @classmethod
+    def _one_or_many_outputs(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
     @field_validator("outputs")
     @classmethod
     def _sorted(cls, value: tuple[Output, ...]) -> tuple[Output, ...]:
         return tuple(sorted(set(value)))
 
-    @classmethod
-    def of(cls, where: str, **fields: Any) -> Self:
-        """A spec from fields, with one clear line for the first wrong one.
+    def __init__(self, **fields: Any) -> None:
+        """Make a spec.
 
         Raises:
-            InvalidInput: a field is unknown, missing or has a wrong value; `where` says whose fields they are.
+            InvalidInput: a field is unknown, missing or has a wrong value; the message names it.
         """
         try:
-            return cls(**fields)
+            super().__init__(**fields)
         except ValidationError as error:
-            raise InvalidInput(f"{where}: {first_problem(error)}") from None
+            raise InvalidInput(f"spec: {first_problem(error)}") from None
 
     @classmethod
     def from_toml(cls, path: str | Path) -> dict[str, Any]:

@@ -167,8 +167,8 @@ class FaultyStore(Store):
         self.location = store.location
         self.operations = 0
 
-    def get(self, key: str) -> memoryview:
-        return self._do(key, lambda: self._store.get(key))
+    def get(self, key: str, limit: int | None = None) -> memoryview:
+        return self._do(key, lambda: self._store.get(key, limit))
 
     def get_range(self, key: str, start: int, length: int) -> memoryview:
         return self._do(key, lambda: self._store.get_range(key, start, length))

@@ -55,7 +55,7 @@ def test_progress_counts_every_token_and_byte(small: ac.Spec, tmp_path: Path):
     assert last.tokens == last.tokens_total == result.n_tokens
     assert last.blocks == last.blocks_total == result.blocks_run
     assert last.bytes_written == result.bytes_written > 0
-    assert any("run twice" in note for note in listener.notes)
+    assert any("more tokens are run" in note for note in listener.notes)
 
 
 def test_a_large_block_runs_nothing_twice_and_says_nothing(small: ac.Spec, tmp_path: Path):
@@ -314,3 +314,93 @@ def test_foreign_metadata_under_an_arrays_name_is_not_overwritten(small: ac.Spec
     with pytest.raises(ac.SpecMismatch, match="held by another build"):
         ac.build(small, tmp_path / "ds")
     assert (tmp_path / "ds/blocks.0.hook_resid_pre/zarr.json").read_bytes() == b"{}"
+
+
+def test_a_tokenizer_that_changes_under_a_build_is_refused_before_a_token_is_stored(
+    small: ac.Spec, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from actcache.jobs import run
+
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    load = run.load_tokenizer
+
+    def swapped(where: Path):
+        path = where / "tokenizer_config.json"
+        path.write_text(path.read_text() + " ")
+        return load(where)
+
+    monkeypatch.setattr(run, "load_tokenizer", swapped)
+    for stage in ("tokenise", "all"):
+        with pytest.raises(ac.InvalidInput, match="changed since the build began"):
+            ac.build(small.model_copy(update={"model": str(folder)}), tmp_path / stage, stage=stage)
+        assert not (tmp_path / stage / "token_id").exists()
+
+
+def test_proofs_that_differ_in_their_last_bits_are_no_mixed_environments(small: ac.Spec, tmp_path: Path):
+    from concurrent.futures import ThreadPoolExecutor
+
+    from actcache.cache.seal import ENVIRONMENTS, seal
+
+    for name, device, mixed in (("same", "x", False), ("other", "y", True)):
+        ac.build(small, tmp_path / name)
+        (tmp_path / name / "zarr.json").unlink()
+        store = open_store(tmp_path / name)
+        for number, where in enumerate(("x", device)):
+            record = {"device": where, "proof": {"head": 1e-7 * (number + 1)}}
+            store.put_new(f"{ENVIRONMENTS}{number}.json", json.dumps(record).encode())
+        with ThreadPoolExecutor(2) as pool:
+            seal(store, pool)
+        assert ac.open(tmp_path / name).provenance.mixed_environments is mixed
+        assert ac.open(tmp_path / name).provenance.replay.status == "not replayed"
+
+
+@pytest.mark.parametrize(
+    "change", [{"block_tokens": 8_388_593}, {"chunk_tokens": 100_000_000, "block_tokens": 100_000_000}]
+)
+def test_layouts_that_no_reader_would_accept_are_refused_before_anything_is_stored(
+    small: ac.Spec, tmp_path: Path, change: dict
+):
+    with pytest.raises(ac.InvalidInput, match="beyond the bound"):
+        ac.build(small.model_copy(update=change), tmp_path / "ds")
+    assert not (tmp_path / "ds").exists()
+
+
+MUTATIONS = {
+    "attention": ("hook_attn_out", lambda x: x * 0.5),
+    "mid": ("hook_resid_mid", lambda x: x * 1.3),
+    "mlp": ("hook_mlp_out", lambda x: x * 0),
+    "post": ("hook_resid_post", lambda x: x * 1.3),
+    "shifted": ("hook_resid_post", lambda x: x.roll(1, dims=1)),
+    "final": ("hook_normalized", lambda x: x + 0.1),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_the_proof_finds_tensors_that_are_a_little_wrong(
+    tmp_path: Path, dtype: str, name: str, monkeypatch: pytest.MonkeyPatch
+):
+    """On the trained model, where attention and MLP write what matters; also in bfloat16, which rounds coarsely."""
+    import dataclasses
+
+    from actcache.jobs import capture, proof
+
+    ending, change = MUTATIONS[name]
+    honest = capture.taps
+
+    def tampered(parts, sites):
+        return [
+            dataclasses.replace(tap, transform=lambda x, t=tap.transform: change(x if t is None else t(x)))
+            if tap.site.endswith(ending)
+            else tap
+            for tap in honest(parts, sites)
+        ]
+
+    (tmp_path / "a.txt").write_text("def f(x):\n    return x + 1\n" * 30)
+    bundled = Path(__file__).parent.parent / "examples/tiny-gpt"
+    spec = ac.Spec(model=str(bundled), corpus=(str(tmp_path / "a.txt"),), compute_dtype=dtype)
+    assert proof.tolerance("bfloat16", 6) < 0.1
+    assert ac.build(spec, tmp_path / "honest").state == "built"
+    monkeypatch.setattr(capture, "taps", tampered)
+    with pytest.raises(ac.ProofFailed):
+        ac.build(spec, tmp_path / "tampered")

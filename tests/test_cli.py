@@ -189,3 +189,21 @@ def test_ctrl_c_stops_with_one_line_and_the_next_run_resumes(model: Path, tmp_pa
     (tmp_path / "long.txt").touch()
     half = call("info", tmp_path / "ds")
     assert (half.exit_code, "not finished" in half.output) == (1, True)
+
+
+def test_a_forgotten_url_is_noticed(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("x")
+    for last in ("b.txt", "*.txt"):
+        done = call("build", "--model", model, "--corpus", "a.txt", last)
+        assert done.exit_code == 2
+        assert "no URL" in done.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "b.txt"]
+    assert call("build", "--model", model, "--corpus", "a.txt", "--", "ds").exit_code == 0
+
+
+def test_a_strangers_words_do_not_steer_the_terminal():
+    from actcache.clients.summary import printable
+
+    assert printable("a\x1b[2Jb\nmanifest 00") == "a�[2Jb�manifest 00"

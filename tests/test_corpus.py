@@ -71,7 +71,7 @@ def test_the_identity_is_of_content_and_order(tmp_path: Path):
         (b'{"text": "x"\n', "a.jsonl", r"a\.jsonl, line 1: not JSON"),
         (b"\xff\xfe", "a.txt", r"a\.txt: not UTF-8 text: .* at byte 0"),
         (b"not gzip", "a.jsonl.gz", r"a\.jsonl\.gz: cannot be read"),
-        (gzip.compress(b'{"text": "x"}\n' * 500)[:-20], "a.jsonl.gz", r"a\.jsonl\.gz: cannot be read"),
+        (gzip.compress(b'{"text": "x"}\n' * 500, mtime=0)[:-20], "a.jsonl.gz", r"a\.jsonl\.gz: cannot be read"),
         (b"not zstd", "a.jsonl.zst", r"a\.jsonl\.zst: cannot be read"),
     ],
 )
@@ -193,3 +193,55 @@ def test_a_file_that_changes_after_the_plan_is_refused(tmp_path: Path):
     (tmp_path / "b.txt").write_text("other")
     with pytest.raises(ac.InvalidInput, match=r"b\.txt: the file changed"):
         next(documents)
+
+
+def test_a_zst_file_that_ends_within_a_frame_is_refused(tmp_path: Path):
+    rows = "".join(json.dumps({"text": f"row {i} {i * 7919}"}) + "\n" for i in range(20_000)).encode()
+    packer = zstandard.ZstdCompressor().compressobj()
+    data = packer.compress(rows[:100_000]) + packer.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
+    cut = len(data)
+    data += packer.compress(rows[100_000:]) + packer.flush()
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(data)
+    assert len(list(open_corpus((str(path),), "text").documents())) == 20_000
+    for bad in (data[:cut], data[:10], b""):
+        path.write_bytes(bad)
+        with pytest.raises(ac.InvalidInput, match="ends too soon"):
+            list(open_corpus((str(path),), "text").documents())
+
+
+@pytest.mark.parametrize("line", [b'{"text": "\\ud800"}', b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"])
+def test_rows_that_python_chokes_on(tmp_path: Path, line: bytes):
+    (tmp_path / "a.jsonl").write_bytes(line)
+    with pytest.raises(ac.InvalidInput, match=r"a\.jsonl, line 1"):
+        list(open_corpus((str(tmp_path / "a.jsonl"),), "text").documents())
+
+
+def test_file_names_that_are_no_text(tmp_path: Path):
+    import os
+
+    name = os.fsencode(tmp_path) + b"/\xff \n[x].txt"
+    with open(name, "wb") as file:
+        file.write(b"hello")
+    corpus = open_corpus((str(tmp_path / "*.txt"),), "text")
+    assert [d.text for d in corpus.documents()] == ["hello"]
+    assert corpus.sources[0].to_bytes()
+
+
+def test_a_corpus_that_changes_under_max_tokens_is_refused(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = tmp_path / "a.txt"
+    path.write_text("a" * 500)
+    original = Path.read_bytes
+
+    def rewritten(self: Path) -> bytes:
+        data = original(self)
+        if self == path:
+            path.write_text("b" * 400)
+        return data
+
+    monkeypatch.setattr(Path, "read_bytes", rewritten)
+    with pytest.raises(ac.InvalidInput, match="changed"):
+        ac.build(ac.Spec(model=str(model), corpus=(str(path),), max_tokens=100), tmp_path / "ds")
+    assert not (tmp_path / "ds/token_id").exists()

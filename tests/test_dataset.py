@@ -286,3 +286,13 @@ def test_the_provenance_tells_where_it_comes_from(built: str):
     assert environment["libraries"]["torch"]
     assert (provenance.mixed_environments, provenance.mixed_attempts) == (False, ())
     assert provenance.labels.model == "random-gpt2"
+
+
+def test_a_dataset_travels_and_iterates(built: str):
+    ds = ac.open(built)
+    again = pickle.loads(pickle.dumps(ds))
+    assert (again.url, again.manifest) == (ds.url, ds.manifest)
+    assert list(ds) == ds.sites
+    assert ds.sites[0] in ds
+    assert "loss" in ds
+    assert "nothing" not in ds

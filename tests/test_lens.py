@@ -52,6 +52,12 @@ def test_an_operation_of_a_later_version_is_refused():
         Head([{"op": "softcap", "value": 30.0}], {}).logits(np.zeros((1, 2)))
     with pytest.raises(ac.Corrupt, match="names no array"):
         Head([{"op": "linear", "weight": "absent"}], {}).logits(np.zeros((1, 2)))
+    for weight in (np.zeros((5, 3)), np.zeros(2)):
+        with pytest.raises(ac.Corrupt, match="does not fit vectors of"):
+            Head([{"op": "linear", "weight": "w"}], {"w": weight}).check(2)
+    for norm in ({"gain": "g", "bias": "g"}, {"eps": 1e-5, "gain": "g", "bias": "w"}):
+        with pytest.raises(ac.Corrupt, match="does not fit vectors of"):
+            Head([{"op": "layer_norm", **norm}], {"g": np.zeros(2), "w": np.zeros(3)}).check(2)
 
 
 def test_the_picture_is_a_picture(built: str, tmp_path: Path):

@@ -23,7 +23,7 @@ from actcache.schemas.grid import Grid, whole_layout
 from actcache.schemas.manifest import manifest_bytes, parse_manifest, safe_key
 from actcache.schemas.plan import Plan, StoredObject, TokensRecord
 from actcache.schemas.publish import schemas
-from actcache.schemas.root import parse_root, root_bytes
+from actcache.schemas.root_document import parse_root, root_bytes
 from actcache.schemas.spec import Spec
 
 json_values = st.recursive(
@@ -156,10 +156,27 @@ def change(built: str, edit) -> bytes:
         (lambda a, m: a.pop("n_tokens"), Corrupt, "n_tokens"),
         (lambda a, m: a["arrays"].update({"../../etc": {"role": "site"}}), Unsupported, "not allowed"),
         (lambda a, m: a["arrays"].update({"nowhere": {"role": "site"}}), Corrupt, "no metadata"),
-        (lambda a, m: a["arrays"].pop("blocks.0.hook_resid_pre"), Corrupt, "has no array"),
+        (lambda a, m: a["arrays"].pop("blocks.0.hook_resid_pre"), Corrupt, "missing"),
         (lambda a, m: m["token_id"].update(data_type="complex64"), Unsupported, "complex64"),
         (lambda a, m: m["head"]["attributes"].update(operations=[[1]]), Corrupt, "operations"),
         (lambda a, m: m["head"].pop("attributes"), Corrupt, "operations"),
+        (lambda a, m: a.update(format="9" * 5000 + ".0"), Unsupported, "newer"),
+        (lambda a, m: a["generations"][0].update(sites=[]), Corrupt, "no site"),
+        (lambda a, m: a["generations"].append(a["generations"][0]), Corrupt, "twice"),
+        (lambda a, m: a["arrays"]["norm/0"].update(generation=-1), Corrupt, "generation -1"),
+        (lambda a, m: a["arrays"]["norm/0"].update(generation=99), Corrupt, "generation 99"),
+        (lambda a, m: m["norm/0"].update(shape=[777, 1]), Unsupported, "first axis alone"),
+        (lambda a, m: a["arrays"].pop("statistics/blocks.0.hook_resid_pre"), Corrupt, "statistics.* is missing"),
+        (lambda a, m: a["arrays"].pop("token_id"), Corrupt, "'token_id' is missing"),
+        (lambda a, m: m["token_id"].update(shape=[5]), Corrupt, "'token_id' is int32"),
+        (lambda a, m: m["loss"].update(shape=[1 << 30]), Corrupt, "'loss' is float32"),
+        (lambda a, m: a.update(d_model=7), Corrupt, "32"),
+        (lambda a, m: a.update(n_tokens=-1), Corrupt, "positive"),
+        (lambda a, m: a.update(n_tokens=1 << 60), Corrupt, "bounds"),
+        (lambda a, m: m["token_id"].update(dimension_names=[["x"]]), Unsupported, "dimension_names"),
+        (lambda a, m: m["token_id"].update(dimension_names=None), Unsupported, "dimension_names"),
+        (lambda a, m: m["token_id"].update(attributes=[1]), Unsupported, "format 1"),
+        (lambda a, m: m.clear(), Corrupt, "no metadata"),
     ],
 )
 def test_a_strangers_root_is_refused_with_a_reason(built: str, edit, error, says: str):
@@ -268,11 +285,11 @@ def test_specs_from_toml(tmp_path: Path):
     path.write_text(
         'model = "m"\ncorpus = ["*.txt", "/abs/x.txt"]\ncontext = 64\noutputs = ["loss"]\n', encoding="utf-8"
     )
-    spec = Spec.of("spec.toml", **Spec.from_toml(path))
+    spec = Spec(**Spec.from_toml(path))
     assert spec.model == str(tmp_path / "m")
     assert spec.corpus == (str(tmp_path / "*.txt"), "/abs/x.txt")
     path.write_text('model = "gpt2"\ncorpus = "a.txt"\n', encoding="utf-8")
-    assert Spec.of("s", **Spec.from_toml(path)).model == "gpt2"
+    assert Spec(**Spec.from_toml(path)).model == "gpt2"
 
 
 @pytest.mark.parametrize(
@@ -287,8 +304,8 @@ def test_specs_from_toml(tmp_path: Path):
     ],
 )
 def test_a_wrong_field_is_named(fields: dict, says: str):
-    with pytest.raises(InvalidInput, match=rf"here: .*({says})"):
-        Spec.of("here", **({"model": "m", "corpus": "c"} | fields))
+    with pytest.raises(InvalidInput, match=rf"spec: .*({says})"):
+        Spec(**({"model": "m", "corpus": "c"} | fields))
 
 
 def test_a_broken_toml_file(tmp_path: Path):

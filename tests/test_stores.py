@@ -297,3 +297,47 @@ def test_the_catalog_lists_sealed_and_half_built(
     assert found["half"].key == found["a/one"].key
     assert "plan.json" in (found["broken"].problem or "")
     assert [entry.url for entry in ac.catalog(base.child("a/one"))] == [base.child("a/one").url]
+
+
+def test_links_that_lead_in_circles(tmp_path: Path, spec: ac.Spec):
+    ac.build(spec.model_copy(update={"sites": "resid", "max_tokens": 40}), tmp_path / "real/ds")
+    (tmp_path / "real/loop").symlink_to(tmp_path)
+    (tmp_path / "real/ds/loop").symlink_to(tmp_path / "real/ds")
+    (tmp_path / "linked").symlink_to(tmp_path / "real/ds")
+    assert [Path(entry.url).name for entry in ac.catalog(tmp_path)] == ["linked", "ds"]
+    assert ac.verify(tmp_path / "real/ds", full=True).ok
+
+
+def test_an_object_over_its_limit_is_not_read(store: Store):
+    store.put_new("x", b"12345")
+    assert bytes(store.get("x", 5)) == b"12345"
+    with pytest.raises(Unsupported, match="5 bytes are more than the 4"):
+        store.get("x", 4)
+
+
+@pytest.mark.parametrize("endpoint", ["http://user:hunter2@host", "host:80", "ftp://x"])
+def test_endpoints_that_cannot_be(endpoint: str, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(InvalidInput, match="endpoint") as caught:
+        Location.of("s3://b/x", endpoint_url=endpoint)
+    assert "hunter2" not in str(caught.value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    with pytest.raises(InvalidInput) as caught:
+        open_store("s3://b/x")
+    assert "hunter2" not in str(caught.value)
+
+
+def test_listing_an_absent_bucket_or_with_a_wrong_key(s3: str, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(StoreError, match="no bucket"):
+        ac.catalog("s3://nobody-has-this/x")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    with pytest.raises(StoreError, match=r"cannot be listed: .*(Forbidden|denied|Signature|Access)") as caught:
+        ac.catalog(s3)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_foreign_name_in_staging_is_left_alone(tmp_path: Path):
+    folder = tmp_path / STAGING
+    folder.mkdir(parents=True)
+    (folder / ".nfs0001").write_bytes(b"")
+    LocalStore(Location.of(tmp_path)).clean_staging()
+    assert (folder / ".nfs0001").exists()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from glob import has_magic
+from pathlib import Path
 from typing import Any
 
 import click
@@ -37,6 +39,9 @@ class ManyCorpora(click.Command):
         while index < len(args):
             word = args[index]
             index += 1
+            if word == "--":
+                words += args[index:]
+                break
             if word == "--corpus":
                 taken: list[str] = []
                 while index < len(args) and not args[index].startswith("-"):
@@ -57,7 +62,13 @@ class ManyCorpora(click.Command):
         spec_alone = len(words) == 1 and words[0].endswith(".toml")
         if len(corpora) > 1 and (not words or spec_alone):
             words.append(corpora.pop())
-        return super().parse_args(ctx, [*others, *(part for item in corpora for part in ("--corpus", item)), *words])
+            if has_magic(words[-1]) or Path(words[-1]).is_file():
+                raise click.UsageError(
+                    f"no URL: {words[-1]!r} is a part of the corpus; say where the dataset goes", ctx
+                )
+        return super().parse_args(
+            ctx, [*others, *(part for item in corpora for part in ("--corpus", item)), "--", *words]
+        )
 
 
 @click.command("build", cls=ManyCorpora)
@@ -121,7 +132,7 @@ def build_command(
     for name in ("model", "corpus"):
         if name not in fields | given:
             raise click.UsageError(f"no {name}: give --{name}, or a SPEC.toml that has it")
-    spec = Spec.of(target[0] if fields else "build", **(fields | given))
+    spec = Spec(**(fields | given))
     with reporter() as show:
         result = build(spec, target[-1], endpoint_url=endpoint_url, profile=profile, stage=stage, reporter=show)
     if as_json:

@@ -14,6 +14,7 @@ from actcache.clients.cli.common import print_json, reading_options
 from actcache.clients.dataset import Dataset
 from actcache.clients.opening import catalog, verify
 from actcache.clients.opening import open as open_dataset
+from actcache.clients.summary import printable
 
 
 @click.command("info")
@@ -29,7 +30,7 @@ def info_command(url: str, endpoint_url: str | None, profile: str | None, anonym
     if as_json:
         print_json(_document(ds))
         return
-    facts = ds.facts() | _origin(ds)
+    facts = ds.facts() | {name: printable(value) for name, value in _origin(ds).items()}
     width = max(map(len, facts))
     for name, value in facts.items():
         click.echo(f"{name:<{width}}  {value}")
@@ -91,9 +92,9 @@ def verify_command(
         print_json({"ok": report.ok, **vars(report)})
     else:
         for key in report.unexpected:
-            click.echo(f"unexpected  {key}: in no manifest")
+            click.echo(printable(f"unexpected  {key}: in no manifest"))
         for problem in report.problems:
-            click.echo(f"bad  {problem.key}: {problem.what}")
+            click.echo(printable(f"bad  {problem.key}: {problem.what}"))
         how = "sha256 of every object" if full else "keys and sizes; --full recomputes every sha256"
         verdict = "ok" if report.ok else f"{len(report.problems)} bad objects"
         click.echo(f"{report.url}: {verdict} ({report.objects:,} objects, {report.bytes / 1e6:,.1f} MB; {how})")
@@ -130,7 +131,7 @@ def ls_command(prefix: str, endpoint_url: str | None, profile: str | None, anony
         print_json(entries)
         return
     for line in _table([_row(entry) for entry in entries]):
-        click.echo(line)
+        click.echo(printable(line))
     if not entries:
         click.echo(f"no datasets under {prefix}", err=True)
 

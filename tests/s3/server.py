@@ -90,7 +90,7 @@ osd_class_load_list = *
 osd_class_default_list = *
 
 [client.rgw.a]
-rgw_frontends = beast endpoint={host}:{port}
+rgw_frontends = beast endpoint={host}:{port} tcp_nodelay=1
 rgw_run_sync_thread = false
 rgw_enable_usage_log = false
 debug_rgw = 1

@@ -1,0 +1,55 @@
+"""Whether a root's arrays fit each other, so that nobody who reads them has to ask again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from actcache.schemas.array import ArrayLayout
+from actcache.schemas.dtypes import ACTIVATION_DTYPES
+from actcache.schemas.grid import token_layouts
+from actcache.schemas.root import RootAttributes
+from actcache.schemas.sites import residual_stream
+
+MAX_COUNT = 1 << 48
+
+
+def inconsistency(root: RootAttributes, layouts: Mapping[str, ArrayLayout]) -> str | None:
+    """The first thing about a root that cannot be, in words, or None."""
+    counts = (root.n_tokens, root.n_sequences, root.n_documents, root.d_model)
+    if not all(1 <= count <= MAX_COUNT for count in counts):
+        return "a count is not a whole positive number in bounds"
+    if not root.generations or not root.sites:
+        return "no generation or no site; the dataset was not sealed by actcache"
+    if len(set(root.sites)) != len(root.sites):
+        return "a site is named twice"
+    return next(_problems(root, layouts), None)
+
+
+def _problems(root: RootAttributes, layouts: Mapping[str, ArrayLayout]) -> Iterator[str]:
+    for name, wanted in token_layouts(root.n_tokens, root.n_sequences, root.n_documents).items():
+        yield from _differs(name, layouts, wanted.shape, (wanted.dtype,))
+    stream = set(residual_stream(min(root.generations[0].provenance.model.n_layers, len(root.sites))))
+    for site in root.sites:
+        layout = layouts.get(site)
+        width = layout.shape[-1] if layout is not None and site not in stream else root.d_model
+        yield from _differs(site, layouts, (root.n_tokens, width), ACTIVATION_DTYPES)
+        yield from _differs(f"statistics/{site}", layouts, (2, width), ("float64",))
+    for name, role in root.arrays.items():
+        if role.role == "norm":
+            if not 0 <= role.generation < len(root.generations):
+                yield f"array {name!r} belongs to generation {role.generation}, which there is not"
+                return
+            sites = root.generations[role.generation].sites
+            yield from _differs(name, layouts, (root.n_tokens, len(sites)), ("float32",))
+        if name == "loss":
+            yield from _differs(name, layouts, (root.n_tokens,), ("float32",))
+
+
+def _differs(
+    name: str, layouts: Mapping[str, ArrayLayout], shape: tuple[int, ...], dtypes: tuple[str, ...]
+) -> Iterator[str]:
+    layout = layouts.get(name)
+    if layout is None:
+        yield f"array {name!r} is missing"
+    elif layout.shape != shape or layout.dtype not in dtypes:
+        yield f"array {name!r} is {layout.dtype} {layout.shape}, not {' or '.join(dtypes)} {shape}"
