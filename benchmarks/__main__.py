@@ -7,6 +7,8 @@ import importlib
 import json
 import os
 import platform
+import signal
+import sys
 import tempfile
 import time
 import warnings
@@ -39,6 +41,7 @@ def main() -> None:
         parser.error(f"no benchmark {unknown[0]!r}; there is {', '.join(NAMES)}")
     os.environ.update(QUIET)
     warnings.simplefilter("ignore")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the S3 server and the temporary files go, too
     began, results = time.perf_counter(), []
     print(f"{processor()}, {THREADS} cores, load {os.getloadavg()[0]:.1f}, Python {platform.python_version()}")
     print("Each ratio is the median of its rounds, which alternate; in brackets their quartiles.")

@@ -13,9 +13,6 @@ from pathlib import Path
 from actcache.cache.store import Store, open_store
 from tests.s3 import server
 
-NODELAY = "tcp_nodelay=1"
-"""Without it the gateway's last packet waits 40 ms for the client's acknowledgement (Nagle), which hides all else."""
-
 
 @contextmanager
 def s3_url() -> Iterator[str | None]:
@@ -24,8 +21,6 @@ def s3_url() -> Iterator[str | None]:
         print(f"  S3: skipped, {reason}")
         yield None
         return
-    if NODELAY not in server.CONF:
-        server.CONF = server.CONF.replace("rgw_frontends = beast ", f"rgw_frontends = beast {NODELAY} ")
     home = Path(tempfile.mkdtemp(prefix="actcache-benchmarks-s3-"))
     before = dict(os.environ)
     try:

@@ -30,7 +30,7 @@ class Published:
     other: memoryview | None = None
 
 
-def publish(store: Store, key: str, data: bytes | bytearray) -> Published:
+def publish(store: Store, key: str, data: bytes | bytearray | memoryview) -> Published:
     """Create an object, or find what is there.
 
     Raises:
@@ -87,7 +87,7 @@ class PublishedShard:
     kept: np.ndarray | None = None
 
 
-def publish_shard(store: Store, layout: ArrayLayout, index: int, data: bytearray) -> PublishedShard:
+def publish_shard(store: Store, layout: ArrayLayout, index: int, data: memoryview) -> PublishedShard:
     """Create a shard, or adopt what is there if it is whole.
 
     Raises:

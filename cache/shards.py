@@ -60,7 +60,7 @@ class ShardEncoder:
             if self._filled == layout.chunk_rows:
                 self._flush()
 
-    def finish(self) -> bytearray:
+    def finish(self) -> memoryview:
         """The shard's bytes."""
         if self._filled:
             self._chunk[self._filled :] = 0
@@ -76,7 +76,7 @@ class ShardEncoder:
         return np.empty((self._layout.chunk_rows, *self._layout.row_shape), self._layout.numpy_dtype)
 
 
-def encode_shard(layout: ArrayLayout, rows: np.ndarray, pool: Executor) -> bytearray:
+def encode_shard(layout: ArrayLayout, rows: np.ndarray, pool: Executor) -> memoryview:
     """The bytes of a shard that holds `rows`, shape (n, *row_shape) with n at most the shard's rows."""
     encoder = ShardEncoder(layout, pool)
     encoder.append(rows)
@@ -91,13 +91,20 @@ def encode_chunk(layout: ArrayLayout, chunk: np.ndarray) -> bytes:
     return bytes(packed) + _CRC.pack(google_crc32c.value(packed))
 
 
-def _assemble(layout: ArrayLayout, pieces: Sequence[bytes]) -> bytearray:
+def _assemble(layout: ArrayLayout, pieces: Sequence[bytes]) -> memoryview:
     index = np.full((layout.chunks_per_shard, 2), ABSENT, "<u8")
     lengths = np.array([len(piece) for piece in pieces], "<u8")
     index[: len(pieces), 1] = lengths
     index[: len(pieces), 0] = np.cumsum(lengths) - lengths
     tail = index.tobytes()
-    return bytearray().join([*pieces, tail, _CRC.pack(google_crc32c.value(tail))])
+    parts = [*pieces, tail, _CRC.pack(google_crc32c.value(tail))]
+    # numpy copies without the interpreter's lock, so that the forward pass goes on meanwhile
+    shard = np.empty(sum(map(len, parts)), np.uint8)
+    at = 0
+    for part in parts:
+        shard[at : at + len(part)] = np.frombuffer(part, np.uint8)
+        at += len(part)
+    return shard.data
 
 
 def decode_index(layout: ArrayLayout, tail: Buffer, where: str) -> np.ndarray:

@@ -102,13 +102,13 @@ def resolve(spec: Spec) -> Resolved:
 
 
 def layout_of(spec: Spec, shape: ModelShape, context: int, stored_dtype: str) -> Layout:
-    """How to cut the token axis: shards of about 64 MiB and at least 32 contexts, chunks of at most 512 KiB, not compressed.
+    """How to cut the token axis: shards of about 64 MiB and at least 32 contexts, chunks of 512 KiB, not compressed.
 
     Raises:
         InvalidInput: the block asked for is no whole number of the chunks asked for.
     """
     row = shape.d_model * numpy_dtype(stored_dtype).itemsize
-    chunk = spec.chunk_tokens or 1 << max(0, (CHUNK_BYTES // row).bit_length() - 1)
+    chunk = spec.chunk_tokens or max(1, CHUNK_BYTES // row)
     block = spec.block_tokens
     if block is None:
         least = max(CONTEXTS_PER_BLOCK * context, SHARD_BYTES // row)

@@ -97,7 +97,7 @@ class ManyCorpora(click.Command):
 @click.option("--batch-size", type=int, metavar="B", help="Sequences a forward pass.  [default: about 8192 tokens]")
 @click.option("--block-tokens", type=int, metavar="T", help="Tokens a block and shard.  [default: about 64 MiB]")
 @click.option(
-    "--chunk-tokens", type=int, metavar="t", help="Tokens a chunk, the least that is read.  [default: at most 512 KiB]"
+    "--chunk-tokens", type=int, metavar="t", help="Tokens a chunk, the least that is read.  [default: 512 KiB]"
 )
 @click.option("--model-license", metavar="ID", help="Licence to record.  [default: from the model's card]")
 @click.option("--corpus-license", metavar="ID", help="Licence of the corpus, to record.")
