@@ -7,6 +7,7 @@ shard must be whole before it is put, and equal input must give equal bytes.
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections.abc import Sequence
 from concurrent.futures import Executor, Future
@@ -24,6 +25,8 @@ _CRC = struct.Struct("<I")
 _BLOSC_HEADER = struct.Struct("<BBBBIII")
 
 Buffer = bytes | bytearray | memoryview
+Piece = tuple[bytes, bytes]
+"""A compressed chunk and its crc32c."""
 
 
 class ShardEncoder:
@@ -35,12 +38,14 @@ class ShardEncoder:
     def __init__(self, layout: ArrayLayout, pool: Executor) -> None:
         self._layout = layout
         self._pool = pool
-        self._pieces: list[Future[bytes]] = []
-        self._chunk = self._new_chunk()
+        self._pieces: list[Future[Piece]] = []
+        self._chunk = np.empty(0)
         self._filled = 0
 
     def append(self, rows: np.ndarray) -> None:
-        """Add rows, shape (n, *row_shape), of the layout's dtype. They are copied.
+        """Add rows, shape (n, *row_shape), of the layout's dtype.
+
+        They must not change before `finish` is done: whole chunks of them are compressed where they lie.
 
         Raises:
             ValueError: wrong dtype or shape, or more rows than the shard has.
@@ -53,27 +58,30 @@ class ShardEncoder:
         if len(self._pieces) * layout.chunk_rows + self._filled + len(rows) > layout.shard_rows:
             raise ValueError(f"{layout.name}: more rows than the {layout.shard_rows} of a shard")
         while len(rows):
+            if self._filled == 0 and len(rows) >= layout.chunk_rows:
+                whole, rows = rows[: layout.chunk_rows], rows[layout.chunk_rows :]
+                self._submit(np.ascontiguousarray(whole))
+                continue
+            if self._filled == 0:
+                self._chunk = np.empty((layout.chunk_rows, *layout.row_shape), layout.numpy_dtype)
             taken = min(len(rows), layout.chunk_rows - self._filled)
             self._chunk[self._filled : self._filled + taken] = rows[:taken]
             self._filled += taken
             rows = rows[taken:]
             if self._filled == layout.chunk_rows:
-                self._flush()
+                self._submit(self._chunk)
+                self._filled = 0
 
     def finish(self) -> memoryview:
         """The shard's bytes."""
         if self._filled:
             self._chunk[self._filled :] = 0
-            self._flush()
+            self._submit(self._chunk)
+            self._filled = 0
         return _assemble(self._layout, [piece.result() for piece in self._pieces])
 
-    def _flush(self) -> None:
-        self._pieces.append(self._pool.submit(encode_chunk, self._layout, self._chunk))
-        self._chunk = self._new_chunk()
-        self._filled = 0
-
-    def _new_chunk(self) -> np.ndarray:
-        return np.empty((self._layout.chunk_rows, *self._layout.row_shape), self._layout.numpy_dtype)
+    def _submit(self, chunk: np.ndarray) -> None:
+        self._pieces.append(self._pool.submit(encode_chunk, self._layout, chunk))
 
 
 def encode_shard(layout: ArrayLayout, rows: np.ndarray, pool: Executor) -> memoryview:
@@ -83,21 +91,21 @@ def encode_shard(layout: ArrayLayout, rows: np.ndarray, pool: Executor) -> memor
     return encoder.finish()
 
 
-def encode_chunk(layout: ArrayLayout, chunk: np.ndarray) -> bytes:
-    """One chunk, compressed and followed by its crc32c. Call it off the main thread: Blosc then runs on this thread alone."""
+def encode_chunk(layout: ArrayLayout, chunk: np.ndarray) -> Piece:
+    """One chunk, compressed, and its crc32c. Call it off the main thread: Blosc then runs on this thread alone."""
     itemsize = layout.numpy_dtype.itemsize
     raw = chunk.view(np.dtype(f"u{itemsize}"))
     packed = blosc.compress(raw, b"zstd", 1, blosc.SHUFFLE, layout.chunk_bytes, itemsize)
-    return bytes(packed) + _CRC.pack(google_crc32c.value(packed))
+    return packed, _CRC.pack(google_crc32c.value(packed))
 
 
-def _assemble(layout: ArrayLayout, pieces: Sequence[bytes]) -> memoryview:
+def _assemble(layout: ArrayLayout, pieces: Sequence[Piece]) -> memoryview:
     index = np.full((layout.chunks_per_shard, 2), ABSENT, "<u8")
-    lengths = np.array([len(piece) for piece in pieces], "<u8")
+    lengths = np.array([len(packed) + len(crc) for packed, crc in pieces], "<u8")
     index[: len(pieces), 1] = lengths
     index[: len(pieces), 0] = np.cumsum(lengths) - lengths
     tail = index.tobytes()
-    parts = [*pieces, tail, _CRC.pack(google_crc32c.value(tail))]
+    parts = [*itertools.chain.from_iterable(pieces), tail, _CRC.pack(google_crc32c.value(tail))]
     # numpy copies without the interpreter's lock, so that the forward pass goes on meanwhile
     shard = np.empty(sum(map(len, parts)), np.uint8)
     at = 0
