@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Self
 
 from actcache.cache.local_store import process_lives
+from actcache.cache.publish import publish
 from actcache.cache.store import Store
 from actcache.schemas.canonical import canonical
 from actcache.schemas.errors import ActcacheError
@@ -34,7 +35,7 @@ class Lease:
 
     def acquire(self) -> bool:
         """Try once to take the lease; False if another holds it."""
-        return self._store.put_new(self._key, self._bytes())
+        return publish(self._store, self._key, self._bytes()).other is None
 
     def wait(self, done: Event | None = None, poll_seconds: float = 0.5) -> None:
         """Wait until the holder gives the lease back, dies, or has not renewed it for 10 s by this process's own clock.

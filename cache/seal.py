@@ -69,7 +69,8 @@ def seal(store: Store, pool: Executor, replay: ReplayResult = NOT_REPLAYED, bega
         manifest = manifest_bytes(objects)
         name = sha256(manifest)
         publish(store, manifest_key(name), manifest)
-        by_us = store.put_new(ROOT_KEY, _root(parts, members, name, _environments(store), replay, began))
+        data = _root(parts, members, name, _environments(store), replay, began)
+        by_us = publish(store, ROOT_KEY, data).other is None
     else:
         by_us = False
     root = read_root(store)

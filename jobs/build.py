@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from actcache.cache.location import Location
-from actcache.cache.opening import read_plan, read_root
+from actcache.cache.opening import SealedRoot, read_plan, read_root
 from actcache.cache.publish import publish
 from actcache.cache.seal import remove_scaffolding
 from actcache.cache.store import Store, open_store
@@ -17,7 +17,6 @@ from actcache.jobs.progress import Reporter, Silent
 from actcache.jobs.resolve import Resolved, resolve
 from actcache.schemas.errors import InvalidInput, NotFound, NotSealed, SpecMismatch, StoreError, Unsupported
 from actcache.schemas.plan import PLAN_KEY, Plan
-from actcache.schemas.root import Generation
 from actcache.schemas.spec import ResolvedSpec, Spec, difference
 
 State = Literal["built", "already sealed", "sealed by another build", "tokenised"]
@@ -71,12 +70,12 @@ def build(
     resolved = resolve(spec)
     sealed = _sealed(store)
     if sealed is not None:
-        _same(store, "holds a sealed dataset", sealed.provenance.spec, resolved.plan)
+        root, generation = sealed.attributes, sealed.attributes.generations[0]
+        _same(store, "holds a sealed dataset", generation.provenance.spec, resolved.plan)
         with suppress(StoreError):  # a courtesy: whoever sealed it may have died before it had tidied up
             remove_scaffolding(store)
-        root = read_root(store).attributes
         return BuildResult(
-            store.location.url, sealed.key, "already sealed", sealed.manifest, root.n_tokens, tuple(root.sites)
+            store.location.url, generation.key, "already sealed", generation.manifest, root.n_tokens, tuple(root.sites)
         )
     _place(store, resolved)
     outcome = _runner().run_plan(store, resolved, reporter or Silent(), stage == "tokenise")
@@ -104,9 +103,9 @@ def _runner() -> Any:
         raise Unsupported(f"building needs {error.name}; pip install 'actcache[jobs]'") from None
 
 
-def _sealed(store: Store) -> Generation | None:
+def _sealed(store: Store) -> SealedRoot | None:
     try:
-        return read_root(store).attributes.generations[0]
+        return read_root(store)
     except (NotFound, NotSealed):
         return None
 

@@ -10,7 +10,6 @@ from actcache.schemas.errors import InvalidInput
 
 _BLOCK_SITES = ("hook_resid_pre", "hook_attn_out", "hook_resid_mid", "hook_mlp_out", "hook_resid_post")
 FINAL_NORM = "ln_final.hook_normalized"
-_SITE = re.compile(r"blocks\.(\d+)\.(hook_\w+)")
 
 
 def resid_pre(layer: int) -> str:
@@ -92,9 +91,3 @@ def expand_braces(pattern: str) -> list[str]:
         return [pattern]
     before, after = pattern[: match.start()], pattern[match.end() :]
     return [rest for part in match.group(1).split(",") for rest in expand_braces(before + part.strip() + after)]
-
-
-def layer_of(site: str) -> int | None:
-    """The block that a site belongs to, or None for one outside the blocks."""
-    match = _SITE.fullmatch(site)
-    return int(match.group(1)) if match else None

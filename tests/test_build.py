@@ -13,7 +13,6 @@ import torch
 import actcache as ac
 from actcache.cache.publish import publish
 from actcache.cache.store import open_store
-from actcache.jobs.batches import Batch
 from actcache.jobs.proof import tolerance
 from actcache.jobs.resolve import resolve
 from tests.models import save_gpt2
@@ -297,7 +296,6 @@ def test_checkpoint_dtypes_are_their_own(tmp_path: Path, corpus: str):
 def test_tolerances_grow_with_rounding_alone():
     assert tolerance("float32", 12) == 1e-4
     assert tolerance("float16", 12) < tolerance("bfloat16", 12) < 1
-    assert Batch.__doc__
 
 
 def test_a_plan_of_other_bytes_and_the_same_key_is_adopted(small: ac.Spec, tmp_path: Path, model: Path):
@@ -404,3 +402,24 @@ def test_the_proof_finds_tensors_that_are_a_little_wrong(
     monkeypatch.setattr(capture, "taps", tampered)
     with pytest.raises(ac.ProofFailed):
         ac.build(spec, tmp_path / "tampered")
+
+
+def test_a_seal_whose_connection_dropped_after_the_root_was_written_is_ours(
+    small: ac.Spec, monkeypatch: pytest.MonkeyPatch
+):
+    import uuid
+
+    from actcache.cache.remote_store import MemoryStore
+
+    honest, dropped = MemoryStore.put_new, []
+
+    def dropping(self: MemoryStore, key: str, data: bytes) -> bool:
+        created = honest(self, key, data)
+        if key == "zarr.json" and not dropped:
+            dropped.append(key)
+            raise ac.StoreError("connection reset")
+        return created
+
+    monkeypatch.setattr(MemoryStore, "put_new", dropping)
+    assert ac.build(small, f"memory://{uuid.uuid4()}").state == "built"
+    assert dropped

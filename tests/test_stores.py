@@ -341,3 +341,11 @@ def test_a_foreign_name_in_staging_is_left_alone(tmp_path: Path):
     (folder / ".nfs0001").write_bytes(b"")
     LocalStore(Location.of(tmp_path)).clean_staging()
     assert (folder / ".nfs0001").exists()
+
+
+def test_a_lease_survives_a_retry_that_had_succeeded():
+    """The connection dropped after the write took effect: the lease is ours all the same."""
+    inner = open_store(f"memory://{uuid.uuid4()}")
+    assert isinstance(inner, RemoteStore)
+    assert Lease(Dropping(inner, after=True), "x").acquire()
+    assert not Lease(inner, "x").acquire()
