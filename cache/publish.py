@@ -24,10 +24,15 @@ ATTEMPTS = 3
 
 @dataclass(frozen=True)
 class Published:
-    """What is stored under a key now. `other` holds its bytes if they are not those that were offered."""
+    """What is stored under a key now.
+
+    `other` holds its bytes if they are not those that were offered; `created` says whether this call wrote it, as far as
+    the store tells (two racing writers may offer equal bytes).
+    """
 
     stored: StoredObject
     other: memoryview | None = None
+    created: bool = False
 
 
 def publish(store: Store, key: str, data: bytes | bytearray | memoryview) -> Published:
@@ -37,20 +42,22 @@ def publish(store: Store, key: str, data: bytes | bytearray | memoryview) -> Pub
         StoreError: the store refused or failed, and the object is not there.
     """
     mine = StoredObject(key=key, size=len(data), sha256=sha256(data))
+    dropped = False
     for attempt in range(1, ATTEMPTS + 1):
         try:
             if store.put_new(key, data):
-                return Published(mine)
+                return Published(mine, created=True)
         except StoreError:
             # The connection may have dropped after the write took effect.
             if attempt == ATTEMPTS or store.get_or_none(key) is None:
                 raise
+            dropped = True
         try:
             there = store.get(key)
         except NotFound:
             continue
         found = StoredObject(key=key, size=len(there), sha256=sha256(there))
-        return Published(mine) if found == mine else Published(found, there)
+        return Published(mine, created=dropped) if found == mine else Published(found, there)
     raise StoreError(
         f"{store.location.child(key)}: exists and does not exist; another program is deleting objects here"
     )

@@ -70,7 +70,7 @@ def seal(store: Store, pool: Executor, replay: ReplayResult = NOT_REPLAYED, bega
         name = sha256(manifest)
         publish(store, manifest_key(name), manifest)
         data = _root(parts, members, name, _environments(store), replay, began)
-        by_us = publish(store, ROOT_KEY, data).other is None
+        by_us = publish(store, ROOT_KEY, data).created
     else:
         by_us = False
     root = read_root(store)
