@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from actcache.cache.location import Location
 from actcache.cache.opening import SealedRoot, read_plan, read_root
 from actcache.cache.publish import publish
 from actcache.cache.seal import remove_scaffolding
 from actcache.cache.store import Store, open_store
+from actcache.jobs.anatomy import torch_half
 from actcache.jobs.progress import Reporter, Silent
 from actcache.jobs.resolve import Resolved, resolve
 from actcache.schemas.errors import InvalidInput, NotFound, NotSealed, SpecMismatch, StoreError, Unsupported
@@ -78,7 +78,7 @@ def build(
             store.location.url, generation.key, "already sealed", generation.manifest, root.n_tokens, tuple(root.sites)
         )
     _place(store, resolved)
-    outcome = _runner().run_plan(store, resolved, reporter or Silent(), stage == "tokenise")
+    outcome = torch_half("run").run_plan(store, resolved, reporter or Silent(), stage == "tokenise")
     if outcome.sealed is None:
         return BuildResult(store.location.url, resolved.plan.key, "tokenised", recomputed_fraction=outcome.recomputed)
     root = outcome.sealed.root.attributes
@@ -93,14 +93,6 @@ def build(
         outcome.bytes_written,
         outcome.recomputed,
     )
-
-
-def _runner() -> Any:
-    """The half that needs torch, which a run that has nothing to do must not wait for."""
-    try:
-        return importlib.import_module("actcache.jobs.run")
-    except ModuleNotFoundError as error:
-        raise Unsupported(f"building needs {error.name}; pip install 'actcache[jobs]'") from None
 
 
 def _sealed(store: Store) -> SealedRoot | None:

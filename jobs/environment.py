@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from actcache.jobs.families import overrides
 from actcache.jobs.parts import ModelParts
 from actcache.schemas.spec import ResolvedSpec
 
@@ -29,6 +30,8 @@ def environment(parts: ModelParts, spec: ResolvedSpec, proof: dict[str, float]) 
             "float32_matmul_precision": torch.get_float32_matmul_precision(),
             "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
         },
+        "config_overrides": overrides(spec.model.family),
+        "sites": {site: parts.anatomy.tap(site).meaning() for site in spec.sites},
         "proof": proof,
     }
 

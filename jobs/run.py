@@ -14,7 +14,8 @@ from actcache.cache.store import Store
 from actcache.jobs.batches import recomputed_fraction
 from actcache.jobs.blocks import BlockRunner
 from actcache.jobs.environment import environment
-from actcache.jobs.model import head_parts, load_parts
+from actcache.jobs.head import head_parts
+from actcache.jobs.model import load_model
 from actcache.jobs.parts import ModelParts
 from actcache.jobs.pool import BoundedPool
 from actcache.jobs.progress import Progress, Reporter
@@ -72,8 +73,7 @@ def run_plan(store: Store, resolved: Resolved, reporter: Reporter, tokenise_only
                 f"{recomputed:.1%} more tokens are run than stored, since sequences cross blocks of {grid.block_tokens} tokens; "
                 "larger blocks (--block-tokens) cost less"
             )
-        parts = load_parts(resolved.checkpoint.folder, plan.spec)
-        resolved.check_model()
+        parts = _parts(resolved)
         runner = BlockRunner(store, grid, parts, sequence_start, pool)
         for layout in grid.block_arrays():
             publish_metadata(store, layout)
@@ -91,6 +91,18 @@ def run_plan(store: Store, resolved: Resolved, reporter: Reporter, tokenise_only
         pool.shutdown(cancel_futures=True)
 
 
+def _parts(resolved: Resolved) -> ModelParts:
+    """The model of a plan, loaded."""
+    spec, model = resolved.plan.spec, resolved.studied.model
+    if model is None:
+        execution = spec.execution
+        model, _ = load_model(
+            resolved.checkpoint.folder, spec.model.family, execution.compute_dtype, execution.attention
+        )
+    resolved.check_model()
+    return ModelParts(model, resolved.studied.anatomy)
+
+
 def _tokenizer(resolved: Resolved) -> Any:
     tokenizer = load_tokenizer(resolved.checkpoint.folder)
     resolved.check_tokenizer()
@@ -101,7 +113,8 @@ def _prepare(store: Store, grid: Grid, parts: ModelParts, runner: BlockRunner, p
     """Prove the tensors, record the environment and store the head."""
     spec = grid.plan.spec
     first = runner.batches(*grid.block_range(0))[0]
-    record = canonical(environment(parts, spec, prove(parts, first, spec.execution.compute_dtype)))
+    proof = prove(parts, first.input_ids, first.attention_mask, spec.execution.compute_dtype)
+    record = canonical(environment(parts, spec, proof))
     publish(store, f"{ENVIRONMENTS}{sha256(record)}.json", record)
     if not spec.head or store.get_or_none(HEAD_RECEIPT) is not None:
         return
