@@ -17,7 +17,7 @@ from torch import nn
 
 from actcache.jobs.norms import find_norm
 from actcache.jobs.relations import factor_of, is_sum, same, scale_of
-from actcache.jobs.trace import Call, forward, watching
+from actcache.jobs.trace import Call, forward, logits_of, watching
 from actcache.schemas import sites as names
 from actcache.schemas.anatomy import Anatomy, HeadStep, NormParts, Tap
 from actcache.schemas.errors import OutOfRange, Unsupported
@@ -43,45 +43,60 @@ def discover(model: nn.Module, attention: str, where: str) -> Anatomy:
     search = _Search(model, blocks, shape)
     inside = {path: module for path, module in model.named_modules() if path}
     with watching(inside, shape, search.ended, search.began):
-        logits = forward(model, ids, torch.ones_like(ids)).logits
-    text: Any = _text_config(model)
-    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+        logits = logits_of(forward(model, ids, torch.ones_like(ids)))
     return search.anatomy(
-        logits,
-        where,
-        vocab_size=int(getattr(embedding, "num_embeddings", text.vocab_size)),
-        max_context=max_context(text),
-        attention=attention,
+        logits, where, vocab_size=_vocabulary(model, ids), max_context=max_context(model), attention=attention
     )
 
 
-def _text_config(model: nn.Module) -> Any:
-    config: Any = model.config
-    return config.get_text_config(decoder=True)
+def _configs(model: nn.Module) -> list[Any]:
+    """The configs that a model of transformers has, its language model's first; none for a module of another kind."""
+    config: Any = getattr(model, "config", None)
+    return [config.get_text_config(decoder=True), config] if hasattr(config, "get_text_config") else []
 
 
-def max_context(text: Any) -> int | None:
-    """The longest sequence that a config allows, in tokens, or None where positions have no end."""
-    for name in ("max_position_embeddings", "max_seq_len"):
-        longest = getattr(text, name, None)
-        if isinstance(longest, int) and longest > 0:
-            return longest
+def max_context(model: nn.Module) -> int | None:
+    """The longest sequence that a model's config, or itself, allows, in tokens; None where positions have no end."""
+    for source in (*_configs(model), getattr(model, "config", None), model):
+        for name in ("max_position_embeddings", "max_seq_len", "block_size"):
+            longest = getattr(source, name, None)
+            if isinstance(longest, int) and longest > 0:
+                return longest
     return None
+
+
+def _vocabulary(model: nn.Module, ids: torch.Tensor) -> int:
+    """Rows of the embedding that token ids are looked up in."""
+    found: list[int] = []
+
+    def look(module: nn.Embedding, args: tuple[Any, ...]) -> None:
+        if torch.equal(args[0], ids):
+            found.append(module.num_embeddings)
+
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    handles = [table.register_forward_pre_hook(look) for table in tables]
+    try:
+        forward(model, ids, torch.ones_like(ids))
+    finally:
+        for handle in handles:
+            handle.remove()
+    stated = [int(config.vocab_size) for config in _configs(model) if hasattr(config, "vocab_size")]
+    return max(found) if found else stated[0] if stated else logits_of(forward(model, ids)).shape[-1]
 
 
 def _ids(model: nn.Module) -> torch.Tensor:
     """A few different tokens, none of which the config gives a meaning of its own."""
-    whole: Any = model.config
-    text = _text_config(model)
     special = {
         value
-        for part in (whole, text)
-        for name, value in part.to_dict().items()
+        for config in _configs(model)
+        for name, value in config.to_dict().items()
         if isinstance(value, int) and name.endswith(("_id", "_index"))
     }
-    plain = [token for token in range(min(int(text.vocab_size), 512)) if token not in special]
+    rows = [module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)]
+    rows += [int(config.vocab_size) for config in _configs(model) if hasattr(config, "vocab_size")]
+    plain = [token for token in range(min([512, *(size for size in rows if size > 8)])) if token not in special]
     generator = torch.Generator().manual_seed(0)
-    positions = min(POSITIONS, max_context(text) or POSITIONS)
+    positions = min(POSITIONS, max_context(model) or POSITIONS)
     drawn = torch.randint(len(plain), (SEQUENCES, positions), generator=generator)
     return torch.tensor(plain)[drawn].to(next(model.parameters()).device)
 
@@ -127,9 +142,8 @@ class _Search:
         self._blocks = {path: index for index, path in enumerate(blocks)}
         self._shape = shape
         self._dtype = next(model.parameters()).dtype
-        config: Any = model.config
-        self._factors = [1.0, *_numbers(config, _FACTOR)]
-        self._caps = _numbers(config, _CAP)
+        self._factors = [1.0, *_numbers(model, _FACTOR)]
+        self._caps = _numbers(model, _CAP)
         self._inside: list[Call] = []
         self._outside: list[Call] = []
         self._in_block = False
@@ -338,11 +352,11 @@ class _Search:
         return None
 
 
-def _numbers(config: Any, name: re.Pattern[str]) -> list[float]:
-    """Every number of a config whose name says that it may be a factor, and its inverse."""
+def _numbers(model: nn.Module, name: re.Pattern[str]) -> list[float]:
+    """Every number of a model's config whose name says that it may be a factor, and its inverse."""
     found: list[float] = []
-    for part in (config.get_text_config(), config):
-        for key, value in part.to_dict().items():
+    for config in _configs(model):
+        for key, value in config.to_dict().items():
             if name.search(key) and isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
                 found += [float(value), 1.0 / float(value)] if name is _FACTOR else [float(value)]
     return list(dict.fromkeys(found))

@@ -15,7 +15,7 @@ from actcache.jobs.head import head_parts, to_numpy
 from actcache.jobs.norms import gain_and_bias
 from actcache.jobs.parts import ModelParts
 from actcache.jobs.relations import ROUNDINGS, sum_error
-from actcache.jobs.trace import forward
+from actcache.jobs.trace import forward, logits_of
 from actcache.schemas import sites as names
 from actcache.schemas.errors import ProofFailed
 
@@ -98,7 +98,7 @@ def identities(parts: ModelParts, ids: torch.Tensor, mask: torch.Tensor, dtype: 
     ids, mask = (part[:few, :PROOF_TOKENS].to(parts.device) for part in (ids, mask))
     states, pres = _states(parts, ids, mask)
     own = mask.bool()
-    logits = forward(parts.model, ids, mask).logits[own]
+    logits = logits_of(forward(parts.model, ids, mask))[own]
     last = states[names.resid_post(parts.anatomy.n_layers - 1)][own]
     exact = exact_tolerance(dtype)
     found = {"logits": Identity(relative_error(parts.head(last), logits), exact)}

@@ -13,6 +13,7 @@ from actcache.cache.seal import ENVIRONMENTS, NOT_REPLAYED, Sealed, head_layout,
 from actcache.cache.store import Store
 from actcache.jobs.batches import recomputed_fraction
 from actcache.jobs.blocks import BlockRunner
+from actcache.jobs.determinism import deterministic
 from actcache.jobs.environment import environment
 from actcache.jobs.head import head_parts
 from actcache.jobs.model import load_model
@@ -44,6 +45,7 @@ class Outcome:
     recomputed: float
 
 
+@deterministic()
 def run_plan(store: Store, resolved: Resolved, reporter: Reporter, tokenise_only: bool = False) -> Outcome:
     """Carry out a plan that is in place, from wherever it stands.
 

@@ -29,11 +29,16 @@ class Call:
 
 
 def forward(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = None) -> Any:
-    """Call a causal language model on ids (sequence, position), without its cache."""
+    """Call a causal language model on ids (sequence, position), without its cache; pass what its forward takes."""
     takes = inspect.signature(model.forward).parameters
     anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
-    arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-    return model(**{name: value for name, value in arguments.items() if name in takes or anything})
+    optional: dict[str, Any] = {"attention_mask": mask, "use_cache": False}
+    return model(ids, **{name: value for name, value in optional.items() if name in takes or anything})
+
+
+def logits_of(result: Any) -> torch.Tensor:
+    """The logits (sequence, position, vocabulary) of what a causal language model returned."""
+    return result if isinstance(result, torch.Tensor) else result.logits
 
 
 def vectors(value: Any, shape: tuple[int, int], reshape: bool = False) -> torch.Tensor | None:
@@ -47,6 +52,11 @@ def vectors(value: Any, shape: tuple[int, int], reshape: bool = False) -> torch.
         if reshape and tensor.ndim == 2 and len(tensor) == shape[0] * shape[1]:
             return tensor.reshape(*shape, -1)
     return None
+
+
+def first_tensor(value: Any) -> torch.Tensor | None:
+    """The first floating-point tensor in arguments or results, or None."""
+    return next(_tensors(value), None)
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

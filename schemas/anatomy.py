@@ -14,7 +14,7 @@ ANATOMY_VERSION = 1
 class Tap(Record):
     """One site: the input or output of a module, times a factor.
 
-    `module` is the path below the model, `factor` what the model multiplies the module's output by before it adds it to
+    `module` is the path below the model (empty for the model itself), `factor` what the model multiplies the module's output by before it adds it to
     the residual stream.
     """
 
@@ -25,7 +25,7 @@ class Tap(Record):
     def meaning(self) -> str:
         """The tap in words."""
         times = "" if self.factor == 1.0 else f" × {self.factor:.9g}"
-        return f"{self.at} of {self.module}{times}"
+        return f"{self.at} of {self.module or 'the whole module'}{times}"
 
 
 class NormParts(Record):
@@ -85,6 +85,11 @@ class Anatomy(Record):
     def tap(self, site: str) -> Tap:
         """Where a site is read."""
         return Tap(module=site.removeprefix(MODULE), at="output") if site.startswith(MODULE) else self.taps[site]
+
+    def meaning(self, site: str) -> str:
+        """Where a site is read, in words."""
+        norm = self.final_norm if site == FINAL_NORM else None
+        return self.tap(site).meaning() + (f", as {norm.module} normalises it" if norm is not None else "")
 
     def width(self, site: str) -> int:
         """Length of a site's vectors."""
