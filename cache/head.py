@@ -5,6 +5,7 @@ Operations, in order, on h of shape (n, d_model):
 - `layer_norm` (Ba et al. 2016, arXiv 1607.06450): (h - mean(h)) / sqrt(var(h) + eps) · gain + bias
 - `rms_norm` (Zhang & Sennrich 2019, arXiv 1910.07467): h / sqrt(mean(h²) + eps) · gain + bias
 - `linear`: h @ weight.T + bias
+- `first`: h[:, :rows], of an unembedding that was padded to a round number of rows
 - `scale`: h · factor
 - `softcap` (Gemma 2, arXiv 2408.00118): cap · tanh(h / cap)
 
@@ -54,6 +55,8 @@ class Head:
         if kind == "linear":
             x = x @ self._array(operation, "weight").T
             return x + self._array(operation, "bias") if "bias" in operation else x
+        if kind == "first":
+            return x[..., : int(operation["rows"])]
         if kind == "scale":
             return x * np.float32(operation["factor"])
         if kind == "softcap":
@@ -77,6 +80,9 @@ class Head:
                 fits = weight.ndim == 2 and weight.shape[1] == width
                 width = weight.shape[0]
                 fits = fits and self._fits(operation, ("bias",), width)
+            elif kind == "first":
+                fits = _is_number(operation, "rows") and 1 <= float(operation["rows"]) <= width
+                width = int(float(operation["rows"])) if fits else width
             elif kind in ("scale", "softcap"):
                 name = "factor" if kind == "scale" else "cap"
                 fits = _is_number(operation, name) and float(operation[name]) != 0

@@ -36,6 +36,9 @@ def head_parts(parts: ModelParts) -> HeadParts:
 
 
 def _step(parts: ModelParts, step: HeadStep, name: str) -> tuple[Operation, dict[str, np.ndarray]]:
+    if step.op == "first":
+        assert step.rows is not None
+        return {"op": "first", "rows": float(step.rows)}, {}
     if step.op in ("scale", "softcap"):
         assert step.factor is not None
         return {"op": step.op, "factor" if step.op == "scale" else "cap": step.factor}, {}

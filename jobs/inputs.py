@@ -14,10 +14,12 @@ from actcache.schemas.errors import InvalidInput
 
 
 class Inputs(Protocol):
-    """A batch, ready to be run. `shape` is (sequences, positions)."""
+    """A batch, ready to be run."""
 
     @property
-    def shape(self) -> tuple[int, int]: ...
+    def shape(self) -> tuple[int, int]:
+        """Sequences and positions."""
+        ...
 
     def call(self, module: nn.Module) -> Any:
         """The module's own result."""
@@ -41,12 +43,19 @@ class TokenInputs:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """Sequences and positions."""
         return int(self.ids.shape[0]), int(self.ids.shape[1])
 
     def call(self, module: nn.Module) -> Any:
+        """The result of a causal language model."""
         return forward(module, self.ids, self.mask)
 
     def vectors(self, value: Any, site: str) -> torch.Tensor:
+        """The first tensor with one vector a token.
+
+        Raises:
+            InvalidInput: there is none.
+        """
         found = vectors(value, self.shape, reshape=True)
         if found is None:
             raise InvalidInput(f"{site}: no vector a token in a batch of {self.shape[0]} × {self.shape[1]} tokens")
@@ -81,12 +90,19 @@ class ItemInputs:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """Items and positions."""
         return self.items, self.positions
 
     def call(self, module: nn.Module) -> Any:
+        """The module's own result."""
         return module(*self.args, **self.kwargs)
 
     def vectors(self, value: Any, site: str) -> torch.Tensor:
+        """The first tensor, flattened to positions, or averaged over them where an item has one.
+
+        Raises:
+            InvalidInput: it has another number of positions.
+        """
         tensor = first_tensor(value)
         if tensor is None or tensor.ndim < 2 or len(tensor) != self.items:
             raise InvalidInput(f"{site}: the module's output has no vectors of {self.items} items in it")

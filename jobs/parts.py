@@ -75,6 +75,8 @@ class ModelParts:
         for step in steps:
             if step.op in ("norm", "linear"):
                 x = self._module(step)(x)
+            elif step.op == "first":
+                x = x[..., : step.rows]
             elif step.op == "scale":
                 x = x * _factor(step)
             else:

@@ -14,8 +14,8 @@ ANATOMY_VERSION = 1
 class Tap(Record):
     """One site: the input or output of a module, times a factor.
 
-    `module` is the path below the model (empty for the model itself), `factor` what the model multiplies the module's output by before it adds it to
-    the residual stream.
+    `module` is the path below the model (empty for the model itself), `factor` what the model multiplies the module's
+    output by before it adds it to the residual stream.
     """
 
     module: str
@@ -42,11 +42,15 @@ class NormParts(Record):
 
 
 class HeadStep(Record):
-    """One operation between the last block's output and the logits: a norm, a linear map, a scale or a soft cap."""
+    """One operation between the last block's output and the logits.
 
-    op: Literal["norm", "linear", "scale", "softcap"]
+    A norm or a linear map of a module, the first so many rows of the result, a scale by a factor, or a soft cap at it.
+    """
+
+    op: Literal["norm", "linear", "first", "scale", "softcap"]
     module: str | None = None
     norm: NormParts | None = None
+    rows: int | None = None
     factor: float | None = None
 
 
