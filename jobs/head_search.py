@@ -66,14 +66,24 @@ class HeadSearch:
             return None if rest is None else [HeadStep(op="first", rows=int(logits.shape[-1])), *rest]
         if same(raw, logits):
             return []
+        bound = 16 * torch.finfo(self.dtype).eps
+        ways = {
+            (factor, cap): self._cap_error(raw, logits, factor, cap) for factor in self.factors for cap in self.caps
+        }
+        best = min(ways, key=ways.__getitem__, default=None)
         scale = scale_of(logits, raw, self.factors, self.dtype)
-        if scale is not None:
+        # In a coarse dtype a scale passes for a soft cap of small logits, so they are compared.
+        if scale is not None and (best is None or self._cap_error(raw, logits, scale, None) <= ways[best]):
             return [HeadStep(op="scale", factor=scale)]
-        for factor in self.factors:
-            for cap in self.caps:
-                capped = torch.tanh(raw.float() * factor / cap) * cap
-                bound = 16 * torch.finfo(self.dtype).eps
-                if bool(((capped - logits.float()).abs() <= bound * (logits.float().abs() + 1)).all()):
-                    before = [] if factor == 1.0 else [HeadStep(op="scale", factor=factor)]
-                    return [*before, HeadStep(op="softcap", factor=cap)]
-        return None
+        if best is None or ways[best] > bound:
+            return None
+        before = [] if best[0] == 1.0 else [HeadStep(op="scale", factor=best[0])]
+        return [*before, HeadStep(op="softcap", factor=best[1])]
+
+    @staticmethod
+    def _cap_error(raw: torch.Tensor, logits: torch.Tensor, factor: float, cap: float | None) -> float:
+        """The largest error of an element of the scaled and capped logits, over its size."""
+        made = raw.float() * factor
+        made = made if cap is None else torch.tanh(made / cap) * cap
+        wanted = logits.float()
+        return float(((made - wanted).abs() / (wanted.abs() + wanted.std())).max())

@@ -73,8 +73,11 @@ class ModelParts:
 
     def _steps(self, x: torch.Tensor, steps: Iterable[HeadStep]) -> torch.Tensor:
         for step in steps:
-            if step.op in ("norm", "linear"):
+            if step.op == "norm":
                 x = self._module(step)(x)
+            elif step.op == "linear":
+                module = self._module(step)
+                x = module(x.to(next(module.parameters()).dtype))  # a stream may be wider than the weights
             elif step.op == "first":
                 x = x[..., : step.rows]
             elif step.op == "scale":

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 ROUNDINGS = 4
+FAR = 2
 
 
 def sum_error(total: torch.Tensor, base: torch.Tensor, terms: Sequence[torch.Tensor]) -> float:
@@ -32,18 +33,25 @@ def is_sum(
 def factor_of(
     total: torch.Tensor, base: torch.Tensor, term: torch.Tensor, factors: Sequence[float], dtype: torch.dtype
 ) -> float | None:
-    """The factor with which total = base + factor · term, tried among `factors` and by least squares, or None."""
+    """The factor with which total = base + factor · term, or None.
+
+    Of `factors` the one that fits best; one found by least squares if it fits far better, for in a coarse dtype a wrong
+    factor near the right one passes too.
+    """
     if total.shape != base.shape or total.shape != term.shape:
         return None
-    for factor in factors:
-        if is_sum(total, base, [(term, factor)], dtype):
-            return factor
     wide = term.double()
     power = float((wide * wide).sum())
     if not power > 0:
         return None
     found = float(((total.double() - base.double()) * wide).sum()) / power
-    return found if found and is_sum(total, base, [(term, found)], dtype) else None
+    errors = {factor: sum_error(total, base, [factor * wide]) for factor in (found, *factors) if factor}
+    if not errors:
+        return None
+    best = min(errors, key=errors.__getitem__)
+    listed = min((factor for factor in factors), key=errors.__getitem__, default=best)
+    chosen = listed if errors[listed] <= FAR * errors[best] else best
+    return chosen if errors[chosen] <= ROUNDINGS * torch.finfo(dtype).eps else None
 
 
 def scale_of(made: torch.Tensor, given: torch.Tensor, factors: Sequence[float], dtype: torch.dtype) -> float | None:
