@@ -148,6 +148,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
         "ssm_in_multiplier": 1.1,
         "ssm_out_multiplier": 0.6,
     },
+    "gemma2": {"attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 16},  # at its defaults it would hardly show
     "gemma3n": {"text_config": _GEMMA3N},
     "gemma3n_text": _GEMMA3N,
     "gemma4": {
@@ -232,6 +233,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
         "shape_embed_dim": 8,
     },
     "rwkv": {"num_hidden_layers": 14},
+    "vaultgemma": {"attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 16},
     "xlm": {"causal": True},
     "xmod": {"default_language": "en_XX"},
     "zamba": {
@@ -305,9 +307,9 @@ UNBUILDABLE: dict[str, str] = {
 """Types of which `build` cannot make a model, and why."""
 
 
-def tiny(model_type: str) -> PreTrainedConfig:
-    """A config of this type with the sizes of `SIZES`, changed by the type's `EXTRAS`."""
-    extras = dict(EXTRAS.get(model_type, {}))
+def tiny(model_type: str, **changes: Any) -> PreTrainedConfig:
+    """A config of this type with the sizes of `SIZES`, changed by the type's `EXTRAS` and what else is asked for."""
+    extras = EXTRAS.get(model_type, {}) | changes
     if model_type in ENCODERS and model_type != "xlm":  # which calls it `causal`
         extras["is_decoder"] = True
     return shrunk(CONFIG_MAPPING[model_type], extras)
@@ -390,11 +392,11 @@ def _layer_lists(default: PreTrainedConfig, fields: set[str]) -> dict[str, Any]:
     return sizes | {name: list(column) for name, column in zip(lists, zip(*kinds, strict=True), strict=True)}
 
 
-def build(model_type: str, seed: int = 0) -> PreTrainedModel:
+def build(model_type: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A tiny model in float32 and evaluation mode, whose parameters depend on the seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(tiny(model_type), dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_config(tiny(model_type, **changes), dtype=torch.float32).eval()
         scramble(model)
     return model.requires_grad_(False)
 
