@@ -178,6 +178,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "granitemoehybrid": _HYBRID,
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 4, "moe_topk": 2},
+    "inkling2_text": {"n_layers_per_attn_res_block": 2},
     "inkling_text": {"logits_mup_width_multiplier": 2.0, "mlp_layer_types": ["dense", "sparse", "sparse"]},
     "jamba": {"num_hidden_layers": 4, "attn_layer_period": 3, "attn_layer_offset": 1},
     "laguna": {
@@ -242,6 +243,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
         "attention_hidden_size": 128,
         "attention_head_dim": 32,
     },
+    "zamba2": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
     "zaya": {"num_experts_per_tok": 1, "layer_types": ["hybrid", "hybrid_sliding", "hybrid"], "sliding_window": 8},
 }
 
@@ -413,6 +415,8 @@ def scramble(model: nn.Module) -> None:
         for name, buffer in module.named_buffers(recurse=False):
             if "bias" in name and buffer.is_floating_point() and not buffer.any():
                 buffer.copy_(0.1 * torch.randn_like(buffer))  # what balances experts starts at zero
+            elif name == "layer_scalar":
+                buffer.mul_(0.8)  # a factor of the stream, which starts at one
 
 
 def _draw(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
