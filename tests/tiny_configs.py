@@ -38,7 +38,9 @@ _NAMES: tuple[tuple[float, str], ...] = (
         16,
         "head_dim d_head dim_head d_kv kv_channels attention_head_size swa_head_dim v_head_dim qk_nope_head_dim"
         " linear_key_head_dim linear_value_head_dim linear_head_dim index_head_dim hidden_size_per_layer_input"
-        " laurel_rank gated_norm_rank hc_lowrank adapter_rank router_hidden_size",
+        " laurel_rank gated_norm_rank hc_lowrank adapter_rank router_hidden_size"
+        # Few of these would score many keys as exactly zero, and the order of equals depends on how many there are.
+        " index_n_heads",
     ),
     (32, "kv_lora_rank q_lora_rank o_lora_rank"),
     (
@@ -65,7 +67,7 @@ _NAMES: tuple[tuple[float, str], ...] = (
     ),
     (
         2,
-        "num_key_value_heads num_kv_heads kv_n_heads swa_num_key_value_heads linear_num_key_heads index_n_heads"
+        "num_key_value_heads num_kv_heads kv_n_heads swa_num_key_value_heads linear_num_key_heads"
         " num_experts_per_tok num_experts_per_token moe_topk moe_k moe_top_k top_k_experts num_codebooks o_groups n_groups",
     ),
     (
@@ -206,6 +208,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "minimax_m3_vl_text": {
         "layer_types": ["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"],
         "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "index_n_heads": 2,
         "index_block_size": 4,
         "index_topk_blocks": 2,
     },
