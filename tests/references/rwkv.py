@@ -15,12 +15,11 @@ def states(
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """x ← x + TimeMix(LN x); x ← x + ChannelMix(LN x) (section 3), with weights that are not rescaled.
 
-    The first block norms its input once more before anything else. `blocks.0.hook_resid_pre` is what the block is
-    given, before that norm: in block 0, and there alone, `hook_resid_mid` is LN(`hook_resid_pre`) + `hook_attn_out`.
+    The first block norms the embedding once more before anything is added: the stream begins after that norm, and so does
+    `blocks.0.hook_resid_pre`.
     """
     w, eps = Weights(state_dict, "rwkv."), config.layer_norm_epsilon
-    stream = Stream(w["embeddings.weight"][ids])
-    stream.x = w.affine("blocks.0.pre_ln", centred(stream.x, eps))
+    stream = Stream(w.affine("blocks.0.pre_ln", centred(w["embeddings.weight"][ids], eps)))
     for layer in range(config.num_hidden_layers):
         block = w.under(f"blocks.{layer}")
         stream.add_attention(time_mixing(block.under("attention"), block.affine("ln1", centred(stream.x, eps))))
