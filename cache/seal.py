@@ -23,7 +23,7 @@ from actcache.cache.store import PROBES, Store
 from actcache.schemas.array import ArrayLayout, group_document, head_group
 from actcache.schemas.canonical import digest, sha256
 from actcache.schemas.errors import Corrupt, NotFound, NotSealed, SpecMismatch
-from actcache.schemas.grid import LOSS, NORM, Grid, whole_layout
+from actcache.schemas.grid import NORM, Grid, whole_layout
 from actcache.schemas.manifest import manifest_bytes, manifest_key
 from actcache.schemas.plan import FORMAT, PLAN_KEY, TOKENS_KEY, Plan, StoredObject, TokensRecord
 from actcache.schemas.receipt import HEAD_RECEIPT, HeadReceipt, Receipt, receipt_key, statistics_key
@@ -176,6 +176,7 @@ def _members(parts: _Parts) -> dict[str, dict[str, Any]]:
     layouts = [*parts.grid.token_arrays().values(), *parts.grid.block_arrays()]
     layouts += [_statistics_layout(site, moments) for site, moments in parts.moments.items()]
     members = {"norm": group_document(), "statistics": group_document()}
+    members |= {name.split("/")[0]: group_document() for name in parts.grid.outputs if "/" in name}
     if parts.head is not None:
         layouts += [head_layout(name, array.shape, array.dtype) for name, array in parts.head.arrays.items()]
         members["head"] = head_group(parts.head.operations)
@@ -223,7 +224,7 @@ def _root(
     roles: dict[str, dict[str, str | int]] = {name: {"role": "token"} for name in parts.grid.token_arrays()}
     roles |= {site: {"role": "site", "generation": 0} for site in plan.spec.sites}
     roles[NORM] = {"role": "norm", "generation": 0}
-    roles |= {LOSS: {"role": "output", "generation": 0}} if "loss" in plan.spec.outputs else {}
+    roles |= {name: {"role": "output", "generation": 0} for name in parts.grid.outputs}
     roles |= {f"statistics/{site}": {"role": "statistics", "generation": 0} for site in plan.spec.sites}
     roles |= {f"head/{name}": {"role": "head"} for name in (parts.head.arrays if parts.head else ())}
     attributes = {

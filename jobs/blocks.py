@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from actcache.cache.store import Store
 from actcache.jobs.batches import Batch, batches, touching
 from actcache.jobs.capture import run
 from actcache.jobs.model import to_numpy
+from actcache.jobs.outputs import OutputEncoder
 from actcache.jobs.parts import ModelParts
 from actcache.schemas.errors import Corrupt, OutOfRange
 from actcache.schemas.grid import Grid
@@ -37,7 +38,7 @@ class Computed:
     stop: int
     encoders: dict[str, ShardEncoder]
     measured: dict[str, list[Future[Measured]]]
-    loss: list[np.ndarray] = field(default_factory=list)
+    outputs: OutputEncoder
 
 
 class BlockRunner:
@@ -61,7 +62,8 @@ class BlockRunner:
         start, stop = grid.block_range(block)
         sites = grid.plan.spec.sites
         encoders = {site: ShardEncoder(grid.site(site), self._pool) for site in sites}
-        computed = Computed(block, start, stop, encoders, {site: [] for site in sites})
+        outputs = OutputEncoder(grid.outputs.values(), self._pool)
+        computed = Computed(block, start, stop, encoders, {site: [] for site in sites}, outputs)
         reached = start
         for batch in self.batches(start, stop):
             self._run(batch, computed, reached)
@@ -91,12 +93,10 @@ class BlockRunner:
             computed.encoders[site].append(values)
             computed.measured[site].append(self._pool.submit(_inspect, site, first_token, values, narrowed))
 
-        wants_loss = "loss" in spec.outputs
-        state = run(
-            self._parts, batch.input_ids.to(device), batch.attention_mask.to(device), spec.sites, take, wants_loss
-        )
-        if state is not None and wants_loss:
-            computed.loss.append(next_token_loss(self._parts, state, batch))
+        whole = bool(computed.outputs.names)
+        state = run(self._parts, batch.input_ids.to(device), batch.attention_mask.to(device), spec.sites, take, whole)
+        if state is not None and whole:
+            computed.outputs.append(self._parts, state, batch, first_token)
 
     def publish(self, computed: Computed) -> Receipt:
         """Store a block's shards, norms, outputs and statistics, then its receipt.
@@ -113,9 +113,8 @@ class BlockRunner:
         measured = [found for _, found in stored]
         rows = np.stack([norms for _, norms in measured], axis=1)
         shards.append(publish_shard(self._store, grid.norm, block, encode_shard(grid.norm, rows, self._pool)))
-        if computed.loss:
-            data = encode_shard(grid.loss, np.concatenate(computed.loss), self._pool)
-            shards.append(publish_shard(self._store, grid.loss, block, data))
+        for name, layout in grid.outputs.items():
+            shards.append(publish_shard(self._store, layout, block, computed.outputs.finish(name)))
         statistics, other = self._publish_statistics(block, [moments for moments, _ in measured])
         receipt = Receipt(
             block=block,
@@ -179,19 +178,3 @@ def _inspect(site: str, first_token: int, values: np.ndarray, before: torch.Tens
             )
         raise OutOfRange(f"{where}: the model computed {value!r}; try --compute-dtype float32, into another URL")
     return moments, norms
-
-
-@torch.inference_mode()
-def next_token_loss(parts: ModelParts, state: torch.Tensor, batch: Batch) -> np.ndarray:
-    """Cross-entropy in nats of each kept token's successor in its sequence, NaN at a sequence's last; (kept,), float32.
-
-    One sequence's logits at a time, in float32.
-    """
-    losses = []
-    for row, length in enumerate(batch.lengths):
-        ids = batch.input_ids[row, :length].to(state.device)
-        logits = parts.unembedding(state[row, :length]).float()
-        loss = torch.full((int(length),), torch.nan)
-        loss[:-1] = torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="none").cpu()
-        losses.append(loss[batch.keep[row, :length]])
-    return to_numpy(torch.cat(losses))

@@ -12,6 +12,7 @@ from actcache.jobs.families import ATTENTION, family_of, shape_of
 from actcache.schemas.dtypes import numpy_dtype
 from actcache.schemas.errors import InvalidInput
 from actcache.schemas.grid import Grid
+from actcache.schemas.outputs import top_k
 from actcache.schemas.plan import BatchRule, Labels, ModelShape, Plan
 from actcache.schemas.sites import all_sites, expand
 from actcache.schemas.spec import CAPTURE_VERSION, Execution, Layout, ResolvedSpec, Spec
@@ -65,6 +66,7 @@ def resolve(spec: Spec) -> Resolved:
     family = family_of(checkpoint.config, where)
     shape = shape_of(checkpoint.config, where)
     context = _context(spec, shape)
+    _check_outputs(spec, shape)
     compute_dtype = spec.compute_dtype or checkpoint.dtype()
     stored_dtype = compute_dtype if spec.dtype == "auto" else spec.dtype
     batch_size = spec.batch_size or max(1, TOKENS_PER_BATCH // context)
@@ -128,6 +130,14 @@ def _check_layout(plan: Plan) -> None:
         list(Grid(plan, 1, 1, 1).block_arrays())
     except InvalidInput as error:
         raise InvalidInput(f"--block-tokens, --chunk-tokens: {error}") from None
+
+
+def _check_outputs(spec: Spec, shape: ModelShape) -> None:
+    k = top_k(spec.outputs)
+    if k is not None and k > shape.vocab_size:
+        raise InvalidInput(
+            f"--with topk={k} asks for more logits than the model's vocabulary of {shape.vocab_size} has"
+        )
 
 
 def _corpus_labels(patterns: tuple[str, ...]) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from actcache.schemas.array import ArrayLayout
 from actcache.schemas.dtypes import ACTIVATION_DTYPES
 from actcache.schemas.grid import token_layouts
+from actcache.schemas.outputs import output_shapes
 from actcache.schemas.root import RootAttributes
 from actcache.schemas.sites import residual_stream
 
@@ -41,8 +42,8 @@ def _problems(root: RootAttributes, layouts: Mapping[str, ArrayLayout]) -> Itera
                 return
             sites = root.generations[role.generation].sites
             yield from _differs(name, layouts, (root.n_tokens, len(sites)), ("float32",))
-        if name == "loss":
-            yield from _differs(name, layouts, (root.n_tokens,), ("float32",))
+    for name, shape, dtype in output_shapes(layouts, root.n_tokens):
+        yield from _differs(name, layouts, shape, (dtype,))
 
 
 def _differs(

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from actcache.schemas.array import ArrayLayout
+from actcache.schemas.array import ArrayLayout, piece
+from actcache.schemas.outputs import output_layouts
 from actcache.schemas.plan import Plan, TokensRecord
 
 TOKEN_SHARD_ROWS = 1 << 22
 TOKEN_CHUNK_ROWS = 1 << 14
 SMALL_SHARD_BYTES = 64 << 20
 NORM = "norm/0"
-LOSS = "loss"
 TOKEN_DTYPES = {
     "token_id": "int32",
     "position": "int32",
@@ -84,32 +84,22 @@ class Grid:
             (self.n_tokens, len(sites)),
             "float32",
             layout.block_tokens,
-            _piece(layout.block_tokens, TOKEN_CHUNK_ROWS),
+            piece(layout.block_tokens, TOKEN_CHUNK_ROWS),
             ("token", "site"),
             {"sites": list(sites), "meaning": "L2 norm of the stored vector"},
         )
 
     @property
-    def loss(self) -> ArrayLayout:
-        """Next-token loss, (token)."""
-        layout = self.plan.spec.layout
-        return ArrayLayout(
-            LOSS,
-            (self.n_tokens,),
-            "float32",
-            layout.block_tokens,
-            _piece(layout.block_tokens, TOKEN_CHUNK_ROWS),
-            ("token",),
-            {"units": "nats", "meaning": "cross-entropy of the next token of the same sequence; NaN at its last"},
-        )
+    def outputs(self) -> dict[str, ArrayLayout]:
+        """The arrays of the outputs asked for, by name."""
+        return output_layouts(self.plan.spec.outputs, self.n_tokens, self.block_tokens)
 
     def block_arrays(self) -> Iterator[ArrayLayout]:
         """Every array of which a block holds one shard: the sites, then norms and outputs."""
         for name in self.plan.spec.sites:
             yield self.site(name)
         yield self.norm
-        if "loss" in self.plan.spec.outputs:
-            yield self.loss
+        yield from self.outputs.values()
 
     def token_arrays(self) -> dict[str, ArrayLayout]:
         """Every array that tokenising writes."""
@@ -141,8 +131,3 @@ def whole_layout(
     shard = max(1, min(shape[0], SMALL_SHARD_BYTES // max(1, one.row_bytes)))
     chunk = max(1, min(shard, (1 << 20) // max(1, one.row_bytes)))
     return ArrayLayout(name, shape, dtype, -(-shard // chunk) * chunk, chunk, dimensions, attributes)
-
-
-def _piece(rows: int, most: int) -> int:
-    """The largest divisor of `rows` that is at most `most`."""
-    return next(size for size in range(min(rows, most), 0, -1) if rows % size == 0)

@@ -14,13 +14,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from actcache.schemas.canonical import digest
 from actcache.schemas.errors import InvalidInput
+from actcache.schemas.outputs import parse_outputs
 from actcache.schemas.record import Record, first_problem
 
 CAPTURE_VERSION = 1
 """Raised whenever a change of the code changes what is captured from the same spec."""
 
 DType = Literal["float32", "float16", "bfloat16"]
-Output = Literal["loss"]
 Positive = Field(default=None, ge=1)
 
 
@@ -36,7 +36,8 @@ class Spec(BaseModel):
         sites: patterns of the sites to store, separated by spaces.
         dtype: stored dtype; `auto` is the compute dtype, so that nothing is lost.
         compute_dtype: dtype of the forward pass; default the checkpoint's.
-        outputs: what to store beside the sites; `loss` is the next-token cross-entropy in nats.
+        outputs: what to store beside the sites: `loss`, the next-token cross-entropy, and `entropy` of the next-token
+            distribution, in nats; `topk=K`, the K largest logits.
         head: whether to store final norm and unembedding, so that a lens needs no model.
         max_tokens: stop after this many tokens of the corpus.
         batch_size: sequences a forward pass.
@@ -55,7 +56,7 @@ class Spec(BaseModel):
     sites: str = "resid"
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     compute_dtype: DType | None = None
-    outputs: tuple[Output, ...] = ()
+    outputs: tuple[str, ...] = ()
     head: bool = True
     max_tokens: int | None = Positive
     batch_size: int | None = Positive
@@ -88,12 +89,7 @@ class Spec(BaseModel):
     @field_validator("outputs", mode="before")
     @classmethod
     def _one_or_many_outputs(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
-
-    @field_validator("outputs")
-    @classmethod
-    def _sorted(cls, value: tuple[Output, ...]) -> tuple[Output, ...]:
-        return tuple(sorted(set(value)))
+        return parse_outputs(value) if isinstance(value, str | list | tuple) else value
 
     def __init__(self, **fields: Any) -> None:
         """Make a spec.
@@ -182,7 +178,7 @@ class ResolvedSpec(Record):
     packing: Literal["document"] = "document"
     max_tokens: int | None
     sites: tuple[str, ...]
-    outputs: tuple[Output, ...]
+    outputs: tuple[str, ...]
     head: bool
     stored_dtype: DType
     execution: Execution

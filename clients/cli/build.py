@@ -90,7 +90,11 @@ class ManyCorpora(click.Command):
     help="Dtype of the forward pass.  [default: the checkpoint's]",
 )
 @click.option(
-    "--with", "outputs", multiple=True, type=click.Choice(["loss"]), help="Also store the next-token loss (nats)."
+    "--with",
+    "outputs",
+    multiple=True,
+    metavar="OUTPUT,…",
+    help="Also store per token: loss, entropy (nats), topk=K (the K largest logits).",
 )
 @click.option("--no-head", "head", flag_value=False, default=None, help="Do not store final norm and unembedding.")
 @click.option("--max-tokens", type=int, metavar="N", help="Stop after this many tokens of the corpus.")
