@@ -90,7 +90,7 @@ def _entry(location: Location) -> Entry:
             labels.model,
             labels.corpus,
             spec.stored_dtype,
-            tuple(root.attributes.sites),
+            tuple(root.attributes.captured),
             root.attributes.n_tokens,
             generation.key,
         )

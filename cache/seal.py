@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from actcache.cache.damage import quantised_roles
 from actcache.cache.lease import LEASES
 from actcache.cache.opening import SealedRoot, read_plan, read_root
 from actcache.cache.publish import publish, publish_array, publish_document
@@ -221,8 +222,9 @@ def _root(
         "began": began.isoformat(timespec="seconds") if began else None,
         "sealed": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    roles: dict[str, dict[str, str | int]] = {name: {"role": "token"} for name in parts.grid.token_arrays()}
-    roles |= {site: {"role": "site", "generation": 0} for site in plan.spec.sites}
+    roles: dict[str, dict[str, Any]] = {name: {"role": "token"} for name in parts.grid.token_arrays()}
+    roles |= {site: {"role": "site", "generation": 0} for site in parts.grid.exact_sites}
+    roles |= quantised_roles(parts.grid, parts.receipts)
     roles[NORM] = {"role": "norm", "generation": 0}
     roles |= {name: {"role": "output", "generation": 0} for name in parts.grid.outputs}
     roles |= {f"statistics/{site}": {"role": "statistics", "generation": 0} for site in plan.spec.sites}
@@ -237,7 +239,13 @@ def _root(
         "bos_token_id": tokens.bos_token_id,
         "eos_token_id": tokens.eos_token_id,
         "generations": [
-            {"key": plan.key, "manifest": manifest, "sites": list(plan.spec.sites), "provenance": provenance}
+            {
+                "key": plan.key,
+                "manifest": manifest,
+                "sites": list(parts.grid.exact_sites),
+                "only_quantised": [site for site in plan.spec.sites if site not in parts.grid.exact_sites],
+                "provenance": provenance,
+            }
         ],
         "arrays": roles,
     }

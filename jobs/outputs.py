@@ -31,8 +31,9 @@ _NOTHING = -100
 class OutputEncoder:
     """Encodes a block's outputs while the forward passes go on. `layouts` are those of the outputs asked for."""
 
-    def __init__(self, layouts: Collection[ArrayLayout], pool: Executor) -> None:
+    def __init__(self, layouts: Collection[ArrayLayout], vocabulary: int, pool: Executor) -> None:
         self._encoders = {layout.name: ShardEncoder(layout, pool) for layout in layouts}
+        self._positions = max(1, LOGITS_AT_ONCE // vocabulary)
         self._k = next((layout.shape[1] for layout in layouts if layout.name == TOPK_LOGIT), None)
 
     @property
@@ -51,7 +52,8 @@ class OutputEncoder:
             ids = batch.input_ids[row, :length].to(state.device)
             successor = functional.pad(ids[1:], (0, 1), value=_NOTHING)
             keep = batch.keep[row, :length]
-            for low, high in _pieces(int(length), parts):
+            for low in range(0, int(length), self._positions):
+                high = min(low + self._positions, int(length))
                 logits = logits_of(parts, state[row, low:high])
                 found = measure(logits, successor[low:high], self._encoders, self._k)
                 kept = keep[low:high]
@@ -116,11 +118,6 @@ def _by_value_and_place(logits: torch.Tensor, k: int) -> torch.Tensor:
     last = logits.shape[-1] - 1
     keys = (ordered << 32) | torch.arange(last, -1, -1, device=logits.device)
     return last - (keys.topk(k, dim=-1).values & 0xFFFFFFFF)
-
-
-def _pieces(length: int, parts: ModelParts) -> list[tuple[int, int]]:
-    step = max(1, LOGITS_AT_ONCE // parts.unembedding.weight.shape[0])
-    return [(low, min(low + step, length)) for low in range(0, length, step)]
 
 
 def _check(name: str, rows: np.ndarray, first_token: int, successor: np.ndarray) -> None:

@@ -14,6 +14,7 @@ from actcache.schemas.errors import InvalidInput
 from actcache.schemas.grid import Grid
 from actcache.schemas.outputs import top_k
 from actcache.schemas.plan import BatchRule, Labels, ModelShape, Plan
+from actcache.schemas.quantised import Quantisation
 from actcache.schemas.sites import all_sites, expand
 from actcache.schemas.spec import CAPTURE_VERSION, Execution, Layout, ResolvedSpec, Spec
 
@@ -79,6 +80,7 @@ def resolve(spec: Spec) -> Resolved:
         max_tokens=spec.max_tokens,
         sites=tuple(expand(spec.sites, all_sites(shape.n_layers), shape.n_layers)),
         outputs=spec.outputs,
+        quantize=_quantisation(spec),
         head=spec.head,
         stored_dtype=stored_dtype,
         execution=Execution(compute_dtype=compute_dtype, attention=ATTENTION[family], batch_size=batch_size),
@@ -130,6 +132,18 @@ def _check_layout(plan: Plan) -> None:
         list(Grid(plan, 1, 1, 1).block_arrays())
     except InvalidInput as error:
         raise InvalidInput(f"--block-tokens, --chunk-tokens: {error}") from None
+
+
+def _quantisation(spec: Spec) -> Quantisation | None:
+    if spec.only_quantized and not spec.quantize:
+        raise InvalidInput(
+            "--only-quantized leaves out the exact arrays: say with --quantize int8 or fp8 what to store"
+        )
+    if spec.only_quantized and spec.dtype != "auto":
+        raise InvalidInput(
+            f"--dtype {spec.dtype} is how exact arrays are stored, and --only-quantized stores none; leave one out"
+        )
+    return Quantisation(kinds=spec.quantize, only=spec.only_quantized) if spec.quantize else None
 
 
 def _check_outputs(spec: Spec, shape: ModelShape) -> None:

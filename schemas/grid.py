@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from actcache.schemas.array import ArrayLayout, piece
 from actcache.schemas.outputs import output_layouts
 from actcache.schemas.plan import Plan, TokensRecord
+from actcache.schemas.quantised import quantised_layouts
 
 TOKEN_SHARD_ROWS = 1 << 22
 TOKEN_CHUNK_ROWS = 1 << 14
@@ -79,6 +80,7 @@ class Grid:
     def norm(self) -> ArrayLayout:
         """L2 norms, (token, site)."""
         layout, sites = self.plan.spec.layout, self.plan.spec.sites
+        vector = "stored vector" if self.exact_sites else "vector before it was quantised"
         return ArrayLayout(
             NORM,
             (self.n_tokens, len(sites)),
@@ -86,7 +88,7 @@ class Grid:
             layout.block_tokens,
             piece(layout.block_tokens, TOKEN_CHUNK_ROWS),
             ("token", "site"),
-            {"sites": list(sites), "meaning": "L2 norm of the stored vector"},
+            {"sites": list(sites), "meaning": f"L2 norm of the {vector}"},
         )
 
     @property
@@ -94,10 +96,28 @@ class Grid:
         """The arrays of the outputs asked for, by name."""
         return output_layouts(self.plan.spec.outputs, self.n_tokens, self.block_tokens)
 
+    @property
+    def exact_sites(self) -> tuple[str, ...]:
+        """The sites whose values are stored as they are."""
+        asked = self.plan.spec.quantize
+        return () if asked is not None and asked.only else self.plan.spec.sites
+
+    @property
+    def quantised(self) -> dict[str, ArrayLayout]:
+        """The arrays of the quantised sites by name, scales after their codes."""
+        asked = self.plan.spec.quantize
+        if asked is None:
+            return {}
+        found = (
+            quantised_layouts(self.site(s), kind, asked.group) for s in self.plan.spec.sites for kind in asked.kinds
+        )
+        return {layout.name: layout for pair in found for layout in pair}
+
     def block_arrays(self) -> Iterator[ArrayLayout]:
-        """Every array of which a block holds one shard: the sites, then norms and outputs."""
-        for name in self.plan.spec.sites:
+        """Every array of which a block holds one shard: the sites, then their quantised forms, norms and outputs."""
+        for name in self.exact_sites:
             yield self.site(name)
+        yield from self.quantised.values()
         yield self.norm
         yield from self.outputs.values()
 

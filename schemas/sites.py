@@ -53,6 +53,11 @@ def all_sites(n_layers: int) -> list[str]:
     return [*names, FINAL_NORM]
 
 
+def is_residual(site: str) -> bool:
+    """Whether a site is a state of the residual stream, which the model's head can read."""
+    return re.fullmatch(r"blocks\.\d+\.hook_resid_(pre|mid|post)", site) is not None
+
+
 def expand(patterns: str | Iterable[str], available: Sequence[str], n_layers: int) -> list[str]:
     """The sites that patterns choose, in model order, none twice.
 
