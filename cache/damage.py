@@ -19,7 +19,6 @@ from actcache.schemas.sites import is_residual
 
 KL_TOKENS = 64
 LOGITS_AT_ONCE = 1 << 23
-_GOLDEN = 0.6180339887498949
 _BIN_SHIFT = 48
 NO_HEAD = "not measured: no head"
 
@@ -42,14 +41,19 @@ class Errors:
 
 
 def sample(start: int, stop: int) -> np.ndarray:
-    """The tokens of [start, stop) whose predictions are compared, ascending: at most 64, by their place alone.
+    """The tokens of [start, stop) whose predictions are compared, ascending: at most 64, by their indices alone.
 
-    Steps of the golden ratio are even over the block, and meet no position of its sequences more often than another.
+    Those with the smallest hashes (SplitMix64: Steele, Lea & Flood 2014, "Fast Splittable Pseudorandom Number Generators"); tokens in
+    even steps would stand at the same positions of their sequences wherever blocks are whole numbers of contexts.
     """
-    length = stop - start
-    if length <= KL_TOKENS:
-        return np.arange(start, stop)
-    return start + np.unique((np.arange(1, KL_TOKENS + 1) * _GOLDEN % 1 * length).astype(np.int64))
+    token = np.arange(start, stop)
+    if len(token) <= KL_TOKENS:
+        return token
+    mixed = (token.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed ^= mixed >> np.uint64(31)
+    return np.sort(token[np.argpartition(mixed, KL_TOKENS)[:KL_TOKENS]])
 
 
 def divergences(head: Head, values: np.ndarray, forms: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -269,11 +269,11 @@ class Dataset:
             if not found:
                 continue
             worst = max(found, key=lambda site: found[site].relative_error)
-            said = f"{len(found)} sites; relative error at most {found[worst].relative_error:.2g} ({worst})"
+            said = f"{len(found)} sites; worst relative error {found[worst].relative_error:.2g} ({worst})"
             kl = {site: d.kl for site, d in found.items() if d.kl is not None}
             if kl:
                 most = max(kl, key=kl.__getitem__)
-                said += f", KL at most {kl[most]:.2g} nats ({most})"
+                said += f", worst KL {kl[most]:.2g} nats ({most})"
             else:
                 said += f", KL {next(iter(found.values())).kl_note}"
             facts[kind] = said

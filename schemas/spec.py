@@ -209,6 +209,11 @@ class ResolvedSpec(Record):
         document: dict[str, Any] = serialise(self)
         return {name: value for name, value in document.items() if name != "quantize" or value is not None}
 
+    @property
+    def stored_as(self) -> str:
+        """In which dtype the sites are stored; the kinds of their quantised forms where there is nothing else."""
+        return ", ".join(self.quantize.kinds) if self.quantize is not None and self.quantize.only else self.stored_dtype
+
     def key(self) -> str:
         """The dataset's key."""
         return self.content_hash()
