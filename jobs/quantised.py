@@ -23,7 +23,7 @@ VALUES_AT_ONCE = 1 << 16
 
 
 @dataclass(frozen=True)
-class _Portion:
+class Portion:
     """A portion of a site's rows, quantised; of its sampled tokens the values, and what came back of them."""
 
     codes: np.ndarray
@@ -41,7 +41,7 @@ class QuantisedEncoder:
         self._grid = grid
         self._sample = sample(start, stop)
         self._encoders = {layout.name: ShardEncoder(layout, pool) for layout in grid.quantised.values()}
-        self._waiting: deque[tuple[str, Kind, Future[_Portion]]] = deque()
+        self._waiting: deque[tuple[str, Kind, Future[Portion]]] = deque()
         self._errors: dict[str, list[Errors]] = {}
         self._sampled: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
 
@@ -56,7 +56,7 @@ class QuantisedEncoder:
         inside = (self._sample >= first_token) & (self._sample < first_token + len(values))
         rows = self._sample[inside] - first_token if is_residual(site) else self._sample[:0]
         for kind in asked.kinds:
-            self._waiting.append((site, kind, self._pool.submit(_portion, values, kind, asked.group, rows)))
+            self._waiting.append((site, kind, self._pool.submit(quantise_portion, values, kind, asked.group, rows)))
 
     def drain(self, wait: bool = False) -> None:
         """Hand what is quantised to the encoders, in order: what is done by now, or everything."""
@@ -94,7 +94,8 @@ class QuantisedEncoder:
         return found
 
 
-def _portion(values: np.ndarray, kind: Kind, group: int, sampled: np.ndarray) -> _Portion:
+def quantise_portion(values: np.ndarray, kind: Kind, group: int, sampled: np.ndarray) -> Portion:
+    """Quantise rows (n, width) on this thread; `sampled` are the rows whose predictions are to be compared."""
     step = max(1, VALUES_AT_ONCE // values.shape[1])
     codes, scales, errors = [], [], []
     for low in range(0, len(values), step):
@@ -104,7 +105,7 @@ def _portion(values: np.ndarray, kind: Kind, group: int, sampled: np.ndarray) ->
         scales.append(some_scales)
         errors.append(Errors.of(rows, dequantise(some_codes, some_scales, kind, group)))
     whole_codes, whole_scales = np.concatenate(codes), np.concatenate(scales)
-    return _Portion(
+    return Portion(
         whole_codes,
         whole_scales,
         Errors(np.concatenate([part.error for part in errors]), np.concatenate([part.norm for part in errors])),

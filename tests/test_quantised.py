@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 import actcache as ac
 from actcache.cache.damage import Errors, block_damage, merged, sample
-from actcache.cache.quantise import SMALLEST_SCALE, dequantise, quantise
+from actcache.cache.quantise import SMALLEST_SCALE, _e4m3, dequantise, quantise
 from actcache.cache.shards import encode_shard
 from actcache.clients.cli import main
 from actcache.schemas.errors import Corrupt
@@ -103,6 +103,15 @@ def test_it_does_not_matter_how_rows_come(made: tuple[np.ndarray, int], kind):
     rows = [quantise(values[i : i + 1], kind, group) for i in range(len(values))]
     for together, alone in zip(whole, zip(*rows, strict=True), strict=True):
         assert together.tobytes() == np.concatenate(alone).tobytes()
+
+
+@given(st.lists(st.floats(-448, 448, width=32), min_size=1, max_size=30))
+def test_an_fp8_code_is_the_nearest_of_two_the_even_one(values: list[float]):
+    codes = np.arange(0x7F, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    middles = (codes[1:] + codes[:-1]) / 2
+    near = [np.nextafter(middles, np.float32(end)) for end in (0, 1000)]
+    steps = np.concatenate([np.array(values, np.float32), codes, middles, -middles, *near])
+    assert np.array_equal(_e4m3(steps), steps.astype(ml_dtypes.float8_e4m3fn).view(np.uint8))
 
 
 @pytest.mark.parametrize("kind", KINDS)
