@@ -56,7 +56,7 @@ def _e4m3(values: np.ndarray) -> np.ndarray:
     bits = values.view(np.uint32)
     upper = bits >> np.uint32(16)
     upper |= (bits & np.uint32(0xFFFF)) != 0
-    return _E4M3_OF[upper]
+    return np.asarray(_E4M3_OF[upper])
 
 
 def _scales(largest: np.ndarray, code: int) -> np.ndarray:

@@ -21,6 +21,7 @@ from actcache.jobs.model import head_parts, to_numpy
 from actcache.jobs.outputs import OutputEncoder
 from actcache.jobs.parts import ModelParts
 from actcache.jobs.quantised import QuantisedEncoder
+from actcache.schemas.array import ArrayLayout
 from actcache.schemas.errors import Corrupt, OutOfRange
 from actcache.schemas.grid import Grid
 from actcache.schemas.plan import StoredObject
@@ -117,14 +118,15 @@ class BlockRunner:
         sites = grid.plan.spec.sites
         with ThreadPoolExecutor(PUTS_AT_ONCE, thread_name_prefix="actcache-put") as puts:
             stored = list(puts.map(lambda site: self._publish_site(site, computed), sites))
+            computed.quantised.drain(wait=True)
+            quantised = list(puts.map(self._shard(block, computed.quantised.finish), grid.quantised.values()))
+            outputs = list(puts.map(self._shard(block, computed.outputs.finish), grid.outputs.values()))
         shards = [shard for shard, _ in stored if shard is not None]
         measured = [found for _, found in stored]
-        computed.quantised.drain(wait=True)
-        shards += [publish_shard(self._store, layout, block, data) for layout, data in computed.quantised.shards()]
+        shards += quantised
         rows = np.stack([norms for _, norms in measured], axis=1)
         shards.append(publish_shard(self._store, grid.norm, block, encode_shard(grid.norm, rows, self._pool)))
-        for name, layout in grid.outputs.items():
-            shards.append(publish_shard(self._store, layout, block, computed.outputs.finish(name)))
+        shards += outputs
         damage = computed.quantised.damage(self._head)
         statistics, other = self._publish_statistics(block, [moments for moments, _ in measured])
         receipt = Receipt(
@@ -155,6 +157,10 @@ class BlockRunner:
         for part, _ in parts[1:]:
             whole = whole.merge(part)
         return shard, (whole, np.concatenate([norms for _, norms in parts]))
+
+    def _shard(self, block: int, finish: Callable[[str], memoryview]) -> Callable[[ArrayLayout], PublishedShard]:
+        """What stores a block's shard of an array, encoded by then but for its end."""
+        return lambda layout: publish_shard(self._store, layout, block, finish(layout.name))
 
     def _publish_statistics(self, block: int, moments: list[Moments]) -> tuple[StoredObject, list[str]]:
         """Store a block's statistics. Those of an earlier attempt that differ by rounding alone are kept and reported."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 
@@ -13,7 +12,6 @@ from actcache.cache.damage import Errors, block_damage, divergences, sample
 from actcache.cache.head import Head
 from actcache.cache.quantise import dequantise, quantise
 from actcache.cache.shards import ShardEncoder
-from actcache.schemas.array import ArrayLayout
 from actcache.schemas.grid import Grid
 from actcache.schemas.quantised import BlockDamage, Kind, quantised_name, scale_name
 from actcache.schemas.sites import is_residual
@@ -69,10 +67,9 @@ class QuantisedEncoder:
             self._errors.setdefault(name, []).append(portion.errors)
             self._sampled.setdefault(name, []).append((portion.sampled, portion.back))
 
-    def shards(self) -> Iterator[tuple[ArrayLayout, memoryview]]:
-        """Each array and the bytes of its shard, one at a time. Call it after `drain(wait=True)`."""
-        for name, layout in self._grid.quantised.items():
-            yield layout, self._encoders.pop(name).finish()
+    def finish(self, name: str) -> memoryview:
+        """The bytes of an array's shard. Call it after `drain(wait=True)`."""
+        return self._encoders.pop(name).finish()
 
     def damage(self, head: Head | None) -> dict[str, BlockDamage]:
         """The record of each quantised array. Call it after `drain(wait=True)`, on one thread alone.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,6 +29,7 @@ from actcache.schemas.errors import Corrupt
 from actcache.schemas.quantised import KINDS, error_bound, groups, parse_kinds
 from actcache.schemas.root_document import parse_root
 from actcache.schemas.spec import ResolvedSpec
+from tests.crash import Fault, run, small_spec
 from tests.models import save_gpt2
 from tests.test_records import change
 
@@ -132,6 +134,13 @@ def test_narrow_values_are_taken_as_they_are(kind, dtype):
     values = np.random.default_rng(0).standard_normal((5, 50)).astype(dtype)
     for mine, theirs in zip(quantise(values, kind, 32), quantise(values.astype(np.float32), kind, 32), strict=True):
         assert mine.tobytes() == theirs.tobytes()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_that_are_not_finite_raise_nothing_here(kind):
+    """The measurement of the same rows tells their place."""
+    rows = np.array([[np.nan, 1, np.inf, 2]], np.float32)
+    Errors.of(rows, dequantise(*quantise(rows, kind, 2), kind, 2))
 
 
 def test_a_massive_dimension_costs_its_own_group_alone():
@@ -352,6 +361,26 @@ def test_a_resumed_build_ends_in_the_same_bytes_and_figures(both: str, only: str
         assert ac.open(half).damage(site, "fp8") == ac.open(url).damage(site, "fp8")
 
 
+def test_killed_builds_end_in_the_same_bytes_and_figures(tmp_path: Path):
+    update = {"quantize": ("int8", "fp8"), "only_quantized": True, "outputs": ("entropy", "topk=3")}
+    spec = small_spec(tmp_path).model_copy(update=update)
+    whole = run(spec, str(tmp_path / "whole"))
+    assert whole.error is None, whole.error
+    for share in (0.3, 0.5, 0.7, 0.9):
+        url = str(tmp_path / f"killed-{share}")
+        assert run(spec, url, Fault("after", int(share * whole.operations))).killed
+        assert run(spec, url).result.manifest == whole.result.manifest
+        site = "blocks.1.hook_resid_post"
+        assert ac.open(url).damage(site, "int8") == ac.open(tmp_path / "whole").damage(site, "int8")
+
+
+def test_quantised_values_travel_to_other_processes(both: str):
+    ds = ac.open(both)
+    lazy = pickle.loads(pickle.dumps(ds.site(ds.sites[1], dtype="fp8")))
+    assert np.array_equal(lazy.compute(), ds.site(ds.sites[1], dtype="fp8").compute())
+    assert lazy.name != ds.site(ds.sites[1], dtype="int8").name
+
+
 def test_a_wrong_quantised_shard_is_noticed_by_the_replay(only: str, asked: ac.Spec, tmp_path: Path):
     half = Path(shutil.copytree(only, tmp_path / "half"))
     (half / "zarr.json").unlink()
@@ -438,9 +467,9 @@ def test_a_model_that_computes_nan_stops_with_the_place(tmp_path: Path, corpus: 
             tensor[0, 0, 5] = torch.inf
             sink(site, tensor)
 
-        return run(parts, ids, mask, sites, spoilt, whole)
+        return right(parts, ids, mask, sites, spoilt, whole)
 
-    run = blocks.run
+    right = blocks.run
     folder = save_gpt2(tmp_path / "model", dtype=getattr(torch, dtype))
     spec = ac.Spec(model=str(folder), corpus=(corpus,), sites="resid", quantize="int8,fp8", only_quantized=True)
     with pytest.MonkeyPatch.context() as patch:
