@@ -23,6 +23,8 @@ from actcache.schemas.outputs import ENTROPY, LOSS, TOPK_LOG_NORMALIZER, TOPK_LO
 
 LOGITS_AT_ONCE = 1 << 26
 """Most logits held at once: 256 MiB. A longer sequence is taken in pieces."""
+VALUES_AT_ONCE = 1 << 22
+"""Most logits of which more is made at once."""
 
 _NOTHING = -100
 """cross_entropy's word for "no target"."""
@@ -87,13 +89,23 @@ def measure(
         loss = functional.cross_entropy(logits, successor, reduction="none", ignore_index=_NOTHING)
         found[LOSS] = loss.masked_fill(successor == _NOTHING, torch.nan)
     if ENTROPY in names:
-        # entr(p) = -p log p is 0 at p = 0, where p times a log of its own would be NaN; and precise near p = 1
-        found[ENTROPY] = torch.special.entr(torch.softmax(logits, dim=-1)).sum(dim=-1)
+        found[ENTROPY] = torch.cat([_entropy(some) for some in _split(logits, logits.shape[-1])])
     if k is not None:
         values, ids = largest(logits, k)
         found[TOPK_LOGIT], found[TOPK_TOKEN_ID] = values, ids.to(torch.int32)
         found[TOPK_LOG_NORMALIZER] = torch.logsumexp(logits, dim=-1)
     return found
+
+
+def _split(rows: torch.Tensor, vocabulary: int) -> tuple[torch.Tensor, ...]:
+    """Rows in portions, so that what is made of their logits on the way is small beside the logits themselves."""
+    return torch.split(rows, max(1, VALUES_AT_ONCE // vocabulary))
+
+
+def _entropy(logits: torch.Tensor) -> torch.Tensor:
+    # entr(p) = -p log p is 0 at p = 0, where p times a log of its own would be NaN; and precise near p = 1
+    entropy: torch.Tensor = torch.special.entr(torch.softmax(logits, dim=-1)).sum(dim=-1)
+    return entropy
 
 
 def largest(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -105,7 +117,7 @@ def largest(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     # Ties across the border of the k: those rows again, with values and places as one number that is never equal.
     torn = ((logits >= values[:, -1:]).sum(dim=-1) > k).nonzero().flatten()
     if len(torn):
-        places[torn] = _by_value_and_place(logits[torn], k)
+        places[torn] = torch.cat([_by_value_and_place(logits[rows], k) for rows in _split(torn, logits.shape[-1])])
     places = places.sort(dim=-1).values
     values = logits.gather(-1, places)
     order = values.argsort(dim=-1, descending=True, stable=True)

@@ -74,7 +74,7 @@ class QuantisedEncoder:
     def damage(self, head: Head | None) -> dict[str, BlockDamage]:
         """The record of each quantised array. Call it after `drain(wait=True)`, on one thread alone.
 
-        Linear algebra that several threads ask for at once is cut differently, and would differ in its last bits.
+        Linear algebra that several threads ask for at once may be cut differently, and then differs in its last bits.
         """
         asked = self._grid.plan.spec.quantize
         found: dict[str, BlockDamage] = {}

@@ -129,9 +129,11 @@ def layout_of(spec: Spec, shape: ModelShape, context: int, stored_dtype: str) ->
 def _check_layout(plan: Plan) -> None:
     """Refuse, before anything is stored, a layout that no reader would accept."""
     try:
-        list(Grid(plan, 1, 1, 1).block_arrays())
+        names = [layout.name for layout in Grid(plan, 1, 1, 1).block_arrays()]
     except InvalidInput as error:
         raise InvalidInput(f"--block-tokens, --chunk-tokens: {error}") from None
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InvalidInput(f"two arrays would be called {twice[0]!r}; leave one of these sites out")
 
 
 def _quantisation(spec: Spec) -> Quantisation | None:

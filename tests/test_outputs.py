@@ -89,6 +89,7 @@ def test_pieces_of_a_sequence_give_what_the_whole_gives(
 ):
     """A sequence whose logits are too large is taken in pieces; a piece's last token still has its successor."""
     monkeypatch.setattr(outputs, "LOGITS_AT_ONCE", 257 * 7)
+    monkeypatch.setattr(outputs, "VALUES_AT_ONCE", 257 * 3)
     ac.build(asked, tmp_path / "ds")
     pieces, whole = ac.open(tmp_path / "ds"), ac.open(sealed)
     for name in NAMES:
@@ -102,8 +103,14 @@ logit_rows = st.lists(
 )
 
 
-@given(logit_rows, st.integers(1, 6))
-def test_of_equal_logits_the_lower_id_comes_first(rows: list[list[float]], k: int):
+@given(logit_rows, st.integers(1, 6), st.sampled_from([1, 12, 1 << 20]))
+def test_of_equal_logits_the_lower_id_comes_first(rows: list[list[float]], k: int, at_once: int):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(outputs, "VALUES_AT_ONCE", at_once)
+        check_ties(rows, k)
+
+
+def check_ties(rows: list[list[float]], k: int) -> None:
     logits = torch.tensor(rows, dtype=torch.float32)
     values, places = outputs.largest(logits, k)
     want = [sorted(range(6), key=lambda place, row=row: (-row[place], place))[:k] for row in logits.tolist()]
