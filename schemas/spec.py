@@ -47,7 +47,7 @@ class Spec(BaseModel):
         compute_dtype: dtype of the forward pass; default the checkpoint's.
         outputs: what to store beside the sites: `loss`, the next-token cross-entropy, and `entropy` of the next-token
             distribution, in nats; `topk=K`, the K largest logits.
-        quantize: kinds (`int8`, `fp8`) in which to store each site as well, at about a quarter of float32's size, with loss.
+        quantize: kinds (`int8`, `fp8`) in which to store each site as well, in about a quarter of float32's bytes, with loss.
         only_quantized: leave the exact arrays of the sites out.
         head: whether to store final norm and unembedding, so that a lens needs no model.
         max_tokens: stop after this many tokens of the corpus.
