@@ -89,8 +89,8 @@ def _entry(location: Location) -> Entry:
             "sealed",
             labels.model,
             labels.corpus,
-            spec.stored_dtype,
-            tuple(root.attributes.sites),
+            spec.stored_as,
+            tuple(root.attributes.captured),
             root.attributes.n_tokens,
             generation.key,
         )
@@ -100,4 +100,4 @@ def _entry(location: Location) -> Entry:
 
 def _described(url: str, state: State, plan: Plan) -> Entry:
     spec = plan.spec
-    return Entry(url, state, plan.labels.model, plan.labels.corpus, spec.stored_dtype, spec.sites, None, plan.key)
+    return Entry(url, state, plan.labels.model, plan.labels.corpus, spec.stored_as, spec.sites, None, plan.key)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from actcache.cache.damage import quantised_roles
 from actcache.cache.lease import LEASES
 from actcache.cache.opening import SealedRoot, read_plan, read_root
 from actcache.cache.publish import publish, publish_array, publish_document
@@ -23,7 +24,7 @@ from actcache.cache.store import PROBES, Store
 from actcache.schemas.array import ArrayLayout, group_document, head_group
 from actcache.schemas.canonical import digest, sha256
 from actcache.schemas.errors import Corrupt, NotFound, NotSealed, SpecMismatch
-from actcache.schemas.grid import LOSS, NORM, Grid, whole_layout, width_dimension
+from actcache.schemas.grid import NORM, Grid, whole_layout, width_dimension
 from actcache.schemas.manifest import manifest_bytes, manifest_key
 from actcache.schemas.plan import FORMAT, PLAN_KEY, TOKENS_KEY, Plan, StoredObject, TokensRecord
 from actcache.schemas.receipt import HEAD_RECEIPT, HeadReceipt, Receipt, receipt_key, statistics_key
@@ -170,6 +171,7 @@ def _members(parts: _Parts) -> dict[str, dict[str, Any]]:
     d_model = parts.plan.model.d_model
     layouts += [_statistics_layout(site, moments, d_model) for site, moments in parts.moments.items()]
     members = {"norm": group_document(), "statistics": group_document()}
+    members |= {name.split("/")[0]: group_document() for name in parts.grid.outputs if "/" in name}
     if parts.head is not None:
         layouts += [head_layout(name, array.shape, array.dtype) for name, array in parts.head.arrays.items()]
         members["head"] = head_group(parts.head.operations)
@@ -215,10 +217,11 @@ def _root(
         "began": began.isoformat(timespec="seconds") if began else None,
         "sealed": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    roles: dict[str, dict[str, str | int]] = {name: {"role": "token"} for name in parts.grid.token_arrays()}
-    roles |= {site: {"role": "site", "generation": 0} for site in plan.spec.sites}
+    roles: dict[str, dict[str, Any]] = {name: {"role": "token"} for name in parts.grid.token_arrays()}
+    roles |= {site: {"role": "site", "generation": 0} for site in parts.grid.exact_sites}
+    roles |= quantised_roles(parts.grid, parts.receipts)
     roles[NORM] = {"role": "norm", "generation": 0}
-    roles |= {LOSS: {"role": "output", "generation": 0}} if "loss" in plan.spec.outputs else {}
+    roles |= {name: {"role": "output", "generation": 0} for name in parts.grid.outputs}
     roles |= {f"statistics/{site}": {"role": "statistics", "generation": 0} for site in plan.spec.sites}
     roles |= {f"head/{name}": {"role": "head"} for name in (parts.head.arrays if parts.head else ())}
     attributes = {
@@ -231,7 +234,13 @@ def _root(
         "bos_token_id": tokens.bos_token_id,
         "eos_token_id": tokens.eos_token_id,
         "generations": [
-            {"key": plan.key, "manifest": manifest, "sites": list(plan.spec.sites), "provenance": provenance}
+            {
+                "key": plan.key,
+                "manifest": manifest,
+                "sites": list(parts.grid.exact_sites),
+                "only_quantised": [site for site in plan.spec.sites if site not in parts.grid.exact_sites],
+                "provenance": provenance,
+            }
         ],
         "arrays": roles,
     }

@@ -75,7 +75,7 @@ def run_plan(store: Store, resolved: Resolved, reporter: Reporter, tokenise_only
                 f"{recomputed:.1%} more tokens are run than stored, since sequences cross blocks of {grid.block_tokens} tokens; "
                 "larger blocks (--block-tokens) cost less"
             )
-        parts = _parts(resolved)
+        parts = loaded_parts(resolved)
         runner = BlockRunner(store, grid, parts, sequence_start, pool)
         for layout in grid.block_arrays():
             publish_metadata(store, layout)
@@ -93,8 +93,12 @@ def run_plan(store: Store, resolved: Resolved, reporter: Reporter, tokenise_only
         pool.shutdown(cancel_futures=True)
 
 
-def _parts(resolved: Resolved) -> ModelParts:
-    """The model of a plan, loaded."""
+def loaded_parts(resolved: Resolved) -> ModelParts:
+    """The model of a plan, loaded.
+
+    Raises:
+        InvalidInput: it cannot be loaded, or its files are no longer those of the plan.
+    """
     spec, model = resolved.plan.spec, resolved.studied.model
     if model is None:
         execution = spec.execution

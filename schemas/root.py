@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from actcache.schemas.plan import Labels, ModelShape
+from actcache.schemas.quantised import Damage
 from actcache.schemas.record import Record
 from actcache.schemas.spec import ResolvedSpec
 
@@ -38,19 +39,34 @@ class Provenance(Record):
 
 
 class Generation(Record):
-    """The sites that one build added."""
+    """The sites that one build added: `sites` with their values as they are, `only_quantised` in quantised form alone."""
 
     key: str
     manifest: str
     sites: tuple[str, ...]
+    only_quantised: tuple[str, ...] = ()
     provenance: Provenance
+
+    @property
+    def captured(self) -> tuple[str, ...]:
+        """Every site of the build in any form: those that have norms and statistics."""
+        return (*self.sites, *self.only_quantised)
 
 
 class ArrayRole(Record):
-    """What an array is for. A reader ignores roles that it does not know."""
+    """What an array is for. A reader ignores roles that it does not know.
+
+    The role `quantised` has the `kind`, the site that it is `of`, the array of its `scale`s, how many dimensions (`group`) share
+    one, and the `damage` done; the role `scale` has what it is `of`.
+    """
 
     role: str
     generation: int = 0
+    kind: str | None = None
+    of: str | None = None
+    scale: str | None = None
+    group: int | None = None
+    damage: Damage | None = None
 
 
 class RootAttributes(Record):
@@ -72,3 +88,8 @@ class RootAttributes(Record):
     def sites(self) -> list[str]:
         """Every activation site, in model order within each generation."""
         return [site for generation in self.generations for site in generation.sites]
+
+    @property
+    def captured(self) -> list[str]:
+        """Every site in any form, in model order within each generation."""
+        return [site for generation in self.generations for site in generation.captured]

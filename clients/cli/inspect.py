@@ -34,6 +34,8 @@ def info_command(url: str, endpoint_url: str | None, profile: str | None, anonym
     width = max(map(len, facts))
     for name, value in facts.items():
         click.echo(f"{name:<{width}}  {value}")
+    for line in _damage(ds):
+        click.echo(printable(line))
 
 
 def _origin(ds: Dataset) -> dict[str, str]:
@@ -55,6 +57,25 @@ def _origin(ds: Dataset) -> dict[str, str]:
     }
 
 
+def _damage(ds: Dataset) -> Iterator[str]:
+    """What quantising did to each site, as a table."""
+    rows = []
+    for site, kinds in ds.quantised.items():
+        for kind in kinds:
+            damage = ds.damage(site, kind)
+            if damage is None:
+                rows.append([site, kind, "not recorded", "", "", ""])
+                continue
+            errors = (damage.relative_error, damage.median_token_error, damage.largest_token_error)
+            kl = f"{damage.kl:.2g}" if damage.kl is not None else damage.kl_note or ""
+            rows.append([site, kind, *(f"{error:.2g}" for error in errors), kl])
+    if rows:
+        yield ""
+        yield from _table(
+            [["quantised", "kind", "relative error", "median token", "largest token", "KL (nats)"], *rows]
+        )
+
+
 def _document(ds: Dataset) -> dict[str, Any]:
     return {
         "url": ds.url,
@@ -67,6 +88,10 @@ def _document(ds: Dataset) -> dict[str, Any]:
         "d_model": ds.d_model,
         "dtype": ds.dtype,
         "sites": ds.sites,
+        "quantised": {
+            site: {kind: damage.document() if (damage := ds.damage(site, kind)) else None for kind in kinds}
+            for site, kinds in ds.quantised.items()
+        },
         "raw_bytes": ds.raw_bytes,
         "provenance": ds.provenance.document(),
     }
