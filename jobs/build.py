@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from actcache.cache.added import tidy
 from actcache.cache.location import Location
-from actcache.cache.opening import SealedRoot, read_plan, read_root
+from actcache.cache.opening import SealedRoot, read_plan
 from actcache.cache.publish import publish
-from actcache.cache.seal import remove_scaffolding
+from actcache.cache.roots import newest_root
 from actcache.cache.store import Store, open_store
+from actcache.jobs.adding import add
 from actcache.jobs.progress import Reporter, Silent
 from actcache.jobs.resolve import Resolved, resolve
 from actcache.schemas.errors import InvalidInput, NotFound, NotSealed, SpecMismatch, StoreError, Unsupported
@@ -27,7 +30,8 @@ STAGES = ("tokenise", "all")
 class BuildResult:
     """What became of a build.
 
-    `manifest` is the SHA-256 of the manifest, None before the seal; `bytes_written` and `blocks_run` are this run's own.
+    `manifest` is the SHA-256 of the build's manifest, None before the seal; `sites` are all of the dataset's, `added` those
+    that an added build found missing; `bytes_written` and `blocks_run` are this run's own.
     """
 
     url: str
@@ -39,12 +43,14 @@ class BuildResult:
     blocks_run: int = 0
     bytes_written: int = 0
     recomputed_fraction: float = 0.0
+    added: tuple[str, ...] = ()
 
 
 def build(
     spec: Spec,
     url: str | Path | Location,
     *,
+    add_sites: str | Iterable[str] | None = None,
     endpoint_url: str | None = None,
     profile: str | None = None,
     stage: str = "all",
@@ -54,8 +60,13 @@ def build(
 
     Running it again resumes what was begun, or finds it sealed. `stage="tokenise"` stops when the tokens are stored.
 
+    With `add_sites` (patterns of sites), those of them that a sealed dataset lacks are added to it, for the same tokens of the
+    same model. Of the spec, the model is needed; its sites and head are not looked at, and what else it leaves open is as
+    in the first build.
+
     Raises:
         InvalidInput: the spec cannot be used, or the URL holds something else.
+        NotFound, NotSealed: there is no sealed dataset to add to.
         SpecMismatch: another spec is built or sealed there; the message shows the difference.
         Unsupported: the model's family, or the store, cannot be handled.
         ProofFailed: the captured tensors would not be what the model computes.
@@ -67,13 +78,15 @@ def build(
     store = open_store(url, endpoint_url=endpoint_url, profile=profile)
     if store.location.scheme in ("http", "https"):
         raise Unsupported(f"{store.location}: http(s) is read-only; build into a local path or s3://")
+    if add_sites is not None:
+        return _add(store, spec, add_sites, stage, reporter or Silent())
     resolved = resolve(spec)
     sealed = _sealed(store)
     if sealed is not None:
         root, generation = sealed.attributes, sealed.attributes.generations[0]
         _same(store, "holds a sealed dataset", generation.provenance.spec, resolved.plan)
         with suppress(StoreError):  # a courtesy: whoever sealed it may have died before it had tidied up
-            remove_scaffolding(store)
+            tidy(store)
         return BuildResult(
             store.location.url, generation.key, "already sealed", generation.manifest, root.n_tokens, tuple(root.sites)
         )
@@ -95,6 +108,25 @@ def build(
     )
 
 
+def _add(store: Store, spec: Spec, patterns: str | Iterable[str], stage: str, reporter: Reporter) -> BuildResult:
+    if stage != "all":
+        raise InvalidInput(f"{store.location}: the tokens are stored already; leave --stage out with --add-sites")
+    added = add(store, spec, patterns, reporter, _runner)
+    done = added.outcome
+    return BuildResult(
+        store.location.url,
+        added.generation.key,
+        "already sealed" if done is None else "built" if done.sealed.by_us else "sealed by another build",
+        added.generation.manifest,
+        added.root.n_tokens,
+        tuple(added.root.sites),
+        added=added.sites,
+        blocks_run=done.blocks_run if done else 0,
+        bytes_written=done.bytes_written if done else 0,
+        recomputed_fraction=done.recomputed if done else 0.0,
+    )
+
+
 def _runner() -> Any:
     """The half that needs torch, which a run that has nothing to do must not wait for."""
     try:
@@ -105,7 +137,7 @@ def _runner() -> Any:
 
 def _sealed(store: Store) -> SealedRoot | None:
     try:
-        return read_root(store)
+        return newest_root(store)
     except (NotFound, NotSealed):
         return None
 
@@ -135,4 +167,5 @@ def _same(store: Store, what: str, spec: ResolvedSpec, asked: Plan) -> None:
     if spec.key() != asked.key:
         raise SpecMismatch(
             f"{store.location}: {what} with another spec ({'; '.join(difference(spec, asked.spec))}); give another URL"
+            + ("" if spec.tokens_key() != asked.tokens_key else ", or add sites with --add-sites")
         )

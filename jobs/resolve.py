@@ -25,12 +25,11 @@ LABELS = 6
 
 
 @dataclass(frozen=True)
-class Resolved:
-    """A plan, and the local files that it stands for."""
+class Chosen:
+    """A plan, and the model's files that it stands for."""
 
     plan: Plan
     checkpoint: Checkpoint
-    corpus: Corpus
 
     def check_model(self) -> None:
         """Check that the model's files are still those of the plan.
@@ -40,6 +39,13 @@ class Resolved:
         """
         if self.checkpoint.identity() != self.plan.spec.model:
             raise InvalidInput(f"{self.checkpoint.folder}: a file changed since the build began; run the command again")
+
+
+@dataclass(frozen=True)
+class Resolved(Chosen):
+    """A plan, and all local files that it stands for."""
+
+    corpus: Corpus
 
     def check_tokenizer(self) -> None:
         """Check that the tokenizer's files are still those of the plan.
@@ -97,7 +103,7 @@ def resolve(spec: Spec) -> Resolved:
         batches=BatchRule(size=batch_size),
         sources=corpus.sources,
     )
-    _check_layout(plan)
+    check_layout(plan)
     return Resolved(plan, checkpoint, corpus)
 
 
@@ -122,8 +128,12 @@ def layout_of(spec: Spec, shape: ModelShape, context: int, stored_dtype: str) ->
     return Layout(block_tokens=block, chunk_tokens=chunk)
 
 
-def _check_layout(plan: Plan) -> None:
-    """Refuse, before anything is stored, a layout that no reader would accept."""
+def check_layout(plan: Plan) -> None:
+    """Check, before anything is stored, that readers will accept the layout.
+
+    Raises:
+        InvalidInput: an array's shards or chunks are beyond all bounds.
+    """
     try:
         list(Grid(plan, 1, 1, 1).block_arrays())
     except InvalidInput as error:

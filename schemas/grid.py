@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from actcache.schemas.array import ArrayLayout
-from actcache.schemas.plan import Plan, TokensRecord
+from actcache.schemas.plan import RECORDS, Plan, TokensRecord, added_records
 
 TOKEN_SHARD_ROWS = 1 << 22
 TOKEN_CHUNK_ROWS = 1 << 14
 SMALL_SHARD_BYTES = 64 << 20
-NORM = "norm/0"
+NORMS = "norm/"
 LOSS = "loss"
 TOKEN_DTYPES = {
     "token_id": "int32",
@@ -37,17 +37,26 @@ _MEANING = {
 
 @dataclass(frozen=True)
 class Grid:
-    """The arrays of a build whose tokens are counted."""
+    """The arrays of a build whose tokens are counted.
+
+    `number` is that of the build's array of norms: 0 is the first build's, an added build claims the next that is free.
+    """
 
     plan: Plan
     n_tokens: int
     n_sequences: int
     n_documents: int
+    number: int = 0
 
     @classmethod
-    def of(cls, plan: Plan, tokens: TokensRecord) -> Grid:
+    def of(cls, plan: Plan, tokens: TokensRecord, number: int = 0) -> Grid:
         """The grid of a plan and its tokens."""
-        return cls(plan, tokens.n_tokens, tokens.n_sequences, tokens.n_documents)
+        return cls(plan, tokens.n_tokens, tokens.n_sequences, tokens.n_documents, number)
+
+    @property
+    def records(self) -> str:
+        """Folder of the build's records."""
+        return added_records(self.plan.key) if self.number else RECORDS
 
     @property
     def block_tokens(self) -> int:
@@ -77,16 +86,17 @@ class Grid:
 
     @property
     def norm(self) -> ArrayLayout:
-        """L2 norms, (token, site)."""
+        """L2 norms, (token, site). That of an added build names the build, and so is its claim to all that it adds."""
         layout, sites = self.plan.spec.layout, self.plan.spec.sites
+        claim = {"build": self.plan.key, "outputs": list(self.plan.spec.outputs)} if self.number else {}
         return ArrayLayout(
-            NORM,
+            f"{NORMS}{self.number}",
             (self.n_tokens, len(sites)),
             "float32",
             layout.block_tokens,
             _piece(layout.block_tokens, TOKEN_CHUNK_ROWS),
             ("token", "site"),
-            {"sites": list(sites), "meaning": "L2 norm of the stored vector"},
+            {"sites": list(sites), "meaning": "L2 norm of the stored vector", **claim},
         )
 
     @property

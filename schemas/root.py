@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from actcache.schemas.plan import Labels, ModelShape
+from actcache.schemas.order import model_order
+from actcache.schemas.plan import RECORDS, Labels, ModelShape, added_records
 from actcache.schemas.record import Record
 from actcache.schemas.spec import ResolvedSpec
 
 ROOT_KEY = "zarr.json"
+ROOTS = f"{RECORDS}roots/"
 MAX_ROOT_BYTES = 64 << 20
 
 
@@ -38,7 +40,7 @@ class Provenance(Record):
 
 
 class Generation(Record):
-    """The sites that one build added."""
+    """The sites that one build stored: the first build, then each added one, in the order of their seals."""
 
     key: str
     manifest: str
@@ -70,5 +72,14 @@ class RootAttributes(Record):
 
     @property
     def sites(self) -> list[str]:
-        """Every activation site, in model order within each generation."""
-        return [site for generation in self.generations for site in generation.sites]
+        """Every activation site, in model order."""
+        return model_order([generation.sites for generation in self.generations])
+
+    def records(self, generation: int) -> str:
+        """Folder of the records of a generation's build."""
+        return RECORDS if generation == 0 else added_records(self.generations[generation].key)
+
+
+def root_key(number: int) -> str:
+    """Key under which the root of `number` generations is claimed; the first is `zarr.json` itself."""
+    return f"{ROOTS}{number:06d}.json"

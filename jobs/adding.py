@@ -1,0 +1,147 @@
+"""Added builds: more sites for the tokens of a sealed dataset. No torch here: what is there already must be told at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from actcache.cache.added import stored_tokens, tidy
+from actcache.cache.claims import begin
+from actcache.cache.opening import read_plan
+from actcache.cache.roots import newest_root
+from actcache.cache.store import Store
+from actcache.jobs.checkpoint import Checkpoint, locate
+from actcache.jobs.corpus import open_corpus
+from actcache.jobs.families import shape_of
+from actcache.jobs.progress import Reporter
+from actcache.jobs.resolve import Chosen, check_layout, layout_of
+from actcache.schemas.errors import Corrupt, InvalidInput, SpecMismatch, StoreError
+from actcache.schemas.plan import PLAN_KEY, BatchRule, Labels, ModelShape, Plan, added_records
+from actcache.schemas.root import Generation, RootAttributes
+from actcache.schemas.sites import all_sites, expand
+from actcache.schemas.spec import CAPTURE_VERSION, Layout, ResolvedSpec, Spec, difference
+
+
+@dataclass(frozen=True)
+class Added:
+    """What became of an added build.
+
+    `generation` has the sites asked for, the newest that has any of them; `sites` were missing; `outcome` is what the run did,
+    None where there was nothing to do.
+    """
+
+    root: RootAttributes
+    generation: Generation
+    sites: tuple[str, ...] = ()
+    outcome: Any = None
+
+
+def add(
+    store: Store, spec: Spec, patterns: str | Iterable[str], reporter: Reporter, runner: Callable[[], Any]
+) -> Added:
+    """Add the sites that patterns choose, and the spec's outputs, as far as the sealed dataset lacks them.
+
+    The spec names the model. Whatever else it leaves open is as in the first build. `runner` imports `actcache.jobs.run`.
+
+    Raises:
+        NotFound, NotSealed: there is no sealed dataset.
+        InvalidInput: the spec cannot be used.
+        SpecMismatch: the tokens or the model are others, or an unfinished added build holds one of the sites.
+    """
+    root = newest_root(store).attributes
+    checkpoint = locate(spec.model, spec.revision)
+    n_layers = shape_of(checkpoint.config, str(checkpoint.folder)).n_layers
+    sites = expand(patterns, all_sites(n_layers), n_layers)
+    same = _same_tokens(store, spec, checkpoint, root)
+    while True:
+        missing = [site for site in sites if site not in root.arrays]
+        outputs = tuple(name for name in spec.outputs if name not in root.arrays)
+        if not missing:
+            return _nothing_to_do(store, root, sites, outputs)
+        plan = _plan(store, spec, checkpoint, same.model_copy(update={"sites": tuple(missing), "outputs": outputs}))
+        store.probe_create_only(added_records(plan.key))
+        grid = begin(store, plan, stored_tokens(store, root))
+        if grid is not None:
+            break
+        root = newest_root(store).attributes
+    if len(missing) < len(sites):
+        reporter.note(f"{len(sites) - len(missing)} of the {len(sites)} sites are there already; the others are added")
+    store.clean_staging()
+    outcome = runner().run_added(store, grid, Chosen(grid.plan, checkpoint), reporter)
+    sealed = outcome.sealed.root.attributes
+    (generation,) = (part for part in sealed.generations if part.key == grid.plan.key)
+    return Added(sealed, generation, generation.sites, outcome)
+
+
+def _same_tokens(store: Store, spec: Spec, checkpoint: Checkpoint, root: RootAttributes) -> ResolvedSpec:
+    """The spec of the first build with the model at hand, and with what the spec says of the tokens.
+
+    The tokenizer is not looked at: the tokens are stored. Nor is the corpus, unless the spec has one.
+    """
+    here = root.generations[0].provenance.spec
+    said: dict[str, Any] = {"capture": CAPTURE_VERSION, "model": checkpoint.identity()}
+    said |= {name: value for name in ("context", "max_tokens") if (value := getattr(spec, name)) is not None}
+    said |= {"corpus": open_corpus(spec.corpus, spec.text_field).identity()} if spec.corpus else {}
+    asked = here.model_copy(update=said)
+    if asked.tokens_key() != here.tokens_key():
+        raise SpecMismatch(
+            f"{store.location}: sites are added for the same tokens of the same model, and these are others "
+            f"({'; '.join(difference(here, asked))}); give another URL"
+        )
+    return asked
+
+
+def _plan(store: Store, spec: Spec, checkpoint: Checkpoint, same: ResolvedSpec) -> Plan:
+    """The plan of an added build. What it does not ask for is as in the first build, so that bits and blocks fit together."""
+    first = read_plan(store)
+    if first is None:
+        raise Corrupt(f"{store.location.child(PLAN_KEY)}: missing; copy it again from where the dataset came")
+    said = {name: value for name in ("compute_dtype", "batch_size") if (value := getattr(spec, name)) is not None}
+    execution = same.execution.model_copy(update=said)
+    stored_dtype = same.stored_dtype if spec.dtype == "auto" else spec.dtype
+    resolved = same.model_copy(
+        update={
+            "head": False,
+            "stored_dtype": stored_dtype,
+            "execution": execution,
+            "layout": _layout(spec, first.model, same, stored_dtype),
+        }
+    )
+    plan = Plan(
+        key=resolved.key(),
+        tokens_key=resolved.tokens_key(),
+        spec=resolved,
+        labels=Labels(
+            model=checkpoint.name,
+            revision=checkpoint.revision,
+            model_license=spec.model_license or checkpoint.license() or first.labels.model_license,
+            corpus=first.labels.corpus,
+            corpus_license=spec.corpus_license or first.labels.corpus_license,
+        ),
+        model=first.model,
+        batches=BatchRule(size=execution.batch_size),
+        sources=first.sources,
+    )
+    check_layout(plan)
+    return plan
+
+
+def _layout(spec: Spec, shape: ModelShape, same: ResolvedSpec, stored_dtype: str) -> Layout:
+    if spec.block_tokens is None and spec.chunk_tokens is None:
+        return same.layout
+    block = spec.block_tokens or same.layout.block_tokens
+    chunk = spec.chunk_tokens or (same.layout.chunk_tokens if block % same.layout.chunk_tokens == 0 else None)
+    cut = spec.model_copy(update={"block_tokens": block, "chunk_tokens": chunk})
+    return layout_of(cut, shape, same.context, stored_dtype)
+
+
+def _nothing_to_do(store: Store, root: RootAttributes, sites: list[str], outputs: tuple[str, ...]) -> Added:
+    if outputs:
+        raise InvalidInput(
+            f"{store.location}: has every site asked for; {', '.join(outputs)} can be added with a site that it lacks alone"
+        )
+    with suppress(StoreError):  # a courtesy: whoever sealed it may have died before it had tidied up
+        root = tidy(store).attributes
+    return Added(root, next(part for part in reversed(root.generations) if set(part.sites) & set(sites)))
