@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ from actcache.schemas.manifest import MAX_MANIFEST_BYTES, manifest_key, parse_ma
 from actcache.schemas.plan import PLAN_KEY, StoredObject
 from actcache.schemas.root import MAX_ROOT_BYTES, ROOT_KEY, ROOTS, root_key
 from actcache.schemas.root_document import parse_root
+
+_SCAFFOLDING = re.compile(r"\.actcache/(staging|([0-9a-f]{64}/)?(leases|probes|environments))/")
 
 
 @dataclass(frozen=True)
@@ -152,6 +155,10 @@ def _check_roots(store: Store, root: SealedRoot, report: Report) -> None:
 def _unfinished(store: Store, root: SealedRoot, others: set[str]) -> list[Unfinished]:
     """What added builds began here, as far as the objects that no manifest names tell."""
     found, sealed = [], set()
+    if scaffolding := sorted({match[0] for key in others if (match := _SCAFFOLDING.match(key))}):
+        found.append(
+            Unfinished("scaffolding of a build that runs, or was stopped and removes it next", tuple(scaffolding))
+        )
     if root_key(len(root.attributes.generations) + 1) in others:
         try:
             sealed = {generation.key for generation in newest_root(store).attributes.generations}

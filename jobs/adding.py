@@ -21,7 +21,7 @@ from actcache.schemas.errors import Corrupt, InvalidInput, SpecMismatch, StoreEr
 from actcache.schemas.plan import PLAN_KEY, BatchRule, Labels, ModelShape, Plan, added_records
 from actcache.schemas.root import Generation, RootAttributes
 from actcache.schemas.sites import all_sites, expand
-from actcache.schemas.spec import CAPTURE_VERSION, Layout, ResolvedSpec, Spec, difference
+from actcache.schemas.spec import CAPTURE_VERSION, ResolvedSpec, Spec, difference
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def add(
         missing = [site for site in sites if site not in root.arrays]
         outputs = tuple(name for name in spec.outputs if name not in root.arrays)
         if not missing:
-            return _nothing_to_do(store, root, sites, outputs)
+            return _nothing_to_do(store, spec, root, sites, outputs)
         plan = _plan(store, spec, checkpoint, same.model_copy(update={"sites": tuple(missing), "outputs": outputs}))
         store.probe_create_only(added_records(plan.key))
         grid = begin(store, plan, stored_tokens(store, root))
@@ -98,17 +98,7 @@ def _plan(store: Store, spec: Spec, checkpoint: Checkpoint, same: ResolvedSpec) 
     first = read_plan(store)
     if first is None:
         raise Corrupt(f"{store.location.child(PLAN_KEY)}: missing; copy it again from where the dataset came")
-    said = {name: value for name in ("compute_dtype", "batch_size") if (value := getattr(spec, name)) is not None}
-    execution = same.execution.model_copy(update=said)
-    stored_dtype = same.stored_dtype if spec.dtype == "auto" else spec.dtype
-    resolved = same.model_copy(
-        update={
-            "head": False,
-            "stored_dtype": stored_dtype,
-            "execution": execution,
-            "layout": _layout(spec, first.model, same, stored_dtype),
-        }
-    )
+    resolved = _asked(spec, first.model, same).model_copy(update={"head": False})
     plan = Plan(
         key=resolved.key(),
         tokens_key=resolved.tokens_key(),
@@ -121,27 +111,35 @@ def _plan(store: Store, spec: Spec, checkpoint: Checkpoint, same: ResolvedSpec) 
             corpus_license=spec.corpus_license or first.labels.corpus_license,
         ),
         model=first.model,
-        batches=BatchRule(size=execution.batch_size),
+        batches=BatchRule(size=resolved.execution.batch_size),
         sources=first.sources,
     )
     check_layout(plan)
     return plan
 
 
-def _layout(spec: Spec, shape: ModelShape, same: ResolvedSpec, stored_dtype: str) -> Layout:
-    if spec.block_tokens is None and spec.chunk_tokens is None:
-        return same.layout
-    block = spec.block_tokens or same.layout.block_tokens
-    chunk = spec.chunk_tokens or (same.layout.chunk_tokens if block % same.layout.chunk_tokens == 0 else None)
-    cut = spec.model_copy(update={"block_tokens": block, "chunk_tokens": chunk})
-    return layout_of(cut, shape, same.context, stored_dtype)
+def _asked(spec: Spec, shape: ModelShape, base: ResolvedSpec) -> ResolvedSpec:
+    """A resolved spec with whatever a spec says of stored dtype, execution and layout."""
+    said = {name: value for name in ("compute_dtype", "batch_size") if (value := getattr(spec, name)) is not None}
+    stored_dtype = base.stored_dtype if spec.dtype == "auto" else spec.dtype
+    update: dict[str, Any] = {"stored_dtype": stored_dtype, "execution": base.execution.model_copy(update=said)}
+    if spec.block_tokens is not None or spec.chunk_tokens is not None:
+        block = spec.block_tokens or base.layout.block_tokens
+        chunk = spec.chunk_tokens or (base.layout.chunk_tokens if block % base.layout.chunk_tokens == 0 else None)
+        cut = spec.model_copy(update={"block_tokens": block, "chunk_tokens": chunk})
+        update["layout"] = layout_of(cut, shape, base.context, stored_dtype)
+    return base.model_copy(update=update)
 
 
-def _nothing_to_do(store: Store, root: RootAttributes, sites: list[str], outputs: tuple[str, ...]) -> Added:
+def _nothing_to_do(store: Store, spec: Spec, root: RootAttributes, sites: list[str], outputs: tuple[str, ...]) -> Added:
+    generation = next(part for part in reversed(root.generations) if set(part.sites) & set(sites))
+    here = generation.provenance.spec
+    if different := difference(here, _asked(spec, generation.provenance.model, here)):
+        raise SpecMismatch(f"{store.location}: has every site asked for, of another spec ({'; '.join(different)})")
     if outputs:
         raise InvalidInput(
             f"{store.location}: has every site asked for; {', '.join(outputs)} can be added with a site that it lacks alone"
         )
     with suppress(StoreError):  # a courtesy: whoever sealed it may have died before it had tidied up
         root = tidy(store).attributes
-    return Added(root, next(part for part in reversed(root.generations) if set(part.sites) & set(sites)))
+    return Added(root, generation)

@@ -50,7 +50,7 @@ def _origin(ds: Dataset) -> dict[str, str]:
             "dtype": f"{spec.stored_dtype} (computed in {spec.execution.compute_dtype})",
             **_course(generation.provenance),
         }
-        facts |= {f"added {number} {name}": value for name, value in added.items()}
+        facts |= {f"added build {number}: {name}": value for name, value in added.items()}
     return facts
 
 
