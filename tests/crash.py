@@ -49,13 +49,14 @@ class Fault:
     `before` and `after` are about the operation's effect. The others strike at the first object written from that
     operation on: `staging` (local) with half the bytes written, `linked` (local) when the object has its name but is not
     synced and its staging file is still there, `flight` while the PUT is under way, `delay` seconds after it was begun.
-    With `key`, only operations on keys that begin with it count.
+    With `key`, only operations on keys that begin with it count; with `writing`, only those that write.
     """
 
     when: When
     operation: int = 0
     key: str = ""
     delay: float = 0.0
+    writing: bool = False
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,7 @@ class FaultyStore(Store):
         fault, number = self._fault, -1
         with self._lock:
             self.operations += 1
-            if fault is not None and key.startswith(fault.key):
+            if fault is not None and key.startswith(fault.key) and (creates or not fault.writing):
                 number = self._counted
                 self._counted += 1
         if fault is None or number < fault.operation:
