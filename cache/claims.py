@@ -24,12 +24,17 @@ from actcache.schemas.spec import difference
 
 @dataclass(frozen=True)
 class Claim:
-    """An added build that is not sealed: the number of its array of norms, its key, the names that it holds."""
+    """An added build that is not sealed: the number of its array of norms, its key, the arrays that it holds."""
 
     number: int
     key: str
     sites: tuple[str, ...]
     outputs: tuple[str, ...]
+
+    @property
+    def names(self) -> set[str]:
+        """Every array that no other build may store."""
+        return {*self.sites, *self.outputs}
 
     @property
     def folders(self) -> tuple[str, ...]:
@@ -56,12 +61,13 @@ def begin(store: Store, plan: Plan, tokens: TokensRecord) -> Grid | None:
     Raises:
         SpecMismatch: another added build, which is not finished, holds one of the names.
     """
+    names = {*plan.spec.sites, *(output.name for output in Grid.of(plan, tokens).outputs())}
     while True:
         root = newest_root(store)
-        if _names(plan) & set(root.attributes.arrays):
+        if names & set(root.attributes.arrays):
             return None
         claims, free = _look(store, root)
-        held, theirs = _holder(store, plan, claims)
+        held, theirs = _holder(store, plan, names, claims)
         if held is None:
             grid = Grid.of(plan, tokens, free)
             if publish(store, grid.norm.metadata_key, canonical(grid.norm.document())).other is None:
@@ -71,7 +77,7 @@ def begin(store: Store, plan: Plan, tokens: TokensRecord) -> Grid | None:
         elif theirs is not None and theirs.spec.key() == plan.spec.key():
             return Grid.of(theirs, tokens, held.number)  # begun by another version, which hashed its spec otherwise
         elif held.key not in [generation.key for generation in newest_root(store).attributes.generations]:
-            raise SpecMismatch(_held(store, held, plan, theirs))
+            raise SpecMismatch(_held(store, held, min(names & held.names), plan, theirs))
 
 
 def read_claim(store: Store, held: Claim) -> Plan | None:
@@ -87,11 +93,11 @@ def read_claim(store: Store, held: Claim) -> Plan | None:
     return plan
 
 
-def _holder(store: Store, plan: Plan, claims: list[Claim]) -> tuple[Claim | None, Plan | None]:
+def _holder(store: Store, plan: Plan, names: set[str], claims: list[Claim]) -> tuple[Claim | None, Plan | None]:
     """The claim that is this plan's own or holds one of its names, and the plan of it."""
     own = [held for held in claims if held.key == plan.key]
     for held in own or claims:
-        if own or _names(plan) & {*held.sites, *held.outputs}:
+        if own or names & held.names:
             return held, read_claim(store, held)
     return None, None
 
@@ -140,12 +146,7 @@ def _read(store: Store, number: int) -> Claim | None:
     return Claim(number, build, sites, outputs)
 
 
-def _names(plan: Plan) -> set[str]:
-    return {*plan.spec.sites, *plan.spec.outputs}
-
-
-def _held(store: Store, held: Claim, asked: Plan, theirs: Plan | None) -> str:
-    name = min(_names(asked) & {*held.sites, *held.outputs})
+def _held(store: Store, held: Claim, name: str, asked: Plan, theirs: Plan | None) -> str:
     how = f" ({'; '.join(difference(theirs.spec, asked.spec))})" if theirs is not None else ""
     return (
         f"{store.location}: {name} is held by added build {held.key[:12]}…, which has another spec and is not finished{how}; "

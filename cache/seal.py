@@ -23,7 +23,7 @@ from actcache.cache.store import PROBES, Store
 from actcache.schemas.array import ArrayLayout, group_document, head_group
 from actcache.schemas.canonical import digest, sha256
 from actcache.schemas.errors import Corrupt, NotFound, NotSealed, SpecMismatch
-from actcache.schemas.grid import LOSS, Grid, whole_layout
+from actcache.schemas.grid import Grid, whole_layout
 from actcache.schemas.manifest import manifest_bytes, manifest_key
 from actcache.schemas.plan import FORMAT, RECORDS, TOKENS_KEY, StoredObject, TokensRecord, plan_key
 from actcache.schemas.receipt import HEAD_RECEIPT, HeadReceipt, Receipt, receipt_key, statistics_key
@@ -242,7 +242,7 @@ def seal_parts(store: Store, parts: Parts, pool: Executor, replay: ReplayResult,
     }
     names = dict.fromkeys(grid.token_arrays() if parts.tokens else (), "token")
     names |= dict.fromkeys(spec.sites, "site") | {grid.norm.name: "norm"}
-    names |= {LOSS: "output"} if "loss" in spec.outputs else {}
+    names |= dict.fromkeys((output.name for output in grid.outputs()), "output")
     names |= {f"statistics/{site}": "statistics" for site in spec.sites}
     names |= {f"head/{name}": "head" for name in (parts.head.arrays if parts.head else ())}
     return SealedParts(grid, generation, names, members)

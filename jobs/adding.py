@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from actcache.cache.added import stored_tokens, tidy
 from actcache.cache.claims import begin
@@ -23,19 +23,23 @@ from actcache.schemas.root import Generation, RootAttributes
 from actcache.schemas.sites import all_sites, expand
 from actcache.schemas.spec import CAPTURE_VERSION, ResolvedSpec, Spec, difference
 
+if TYPE_CHECKING:
+    from actcache.jobs.run import Outcome
+
 
 @dataclass(frozen=True)
 class Added:
     """What became of an added build.
 
-    `generation` has the sites asked for, the newest that has any of them; `sites` were missing; `outcome` is what the run did,
-    None where there was nothing to do.
+    `generation` has the sites asked for, the newest that has any of them; `sites` were missing; `by_us` says whether this
+    run sealed them, `outcome` what else it did, None where there was nothing to do.
     """
 
     root: RootAttributes
     generation: Generation
     sites: tuple[str, ...] = ()
-    outcome: Any = None
+    by_us: bool = False
+    outcome: Outcome | None = None
 
 
 def add(
@@ -57,7 +61,8 @@ def add(
     same = _same_tokens(store, spec, checkpoint, root)
     while True:
         missing = [site for site in sites if site not in root.arrays]
-        outputs = tuple(name for name in spec.outputs if name not in root.arrays)
+        stored = {name for generation in root.generations for name in generation.provenance.spec.outputs}
+        outputs = tuple(name for name in spec.outputs if name not in stored)
         if not missing:
             return _nothing_to_do(store, spec, root, sites, outputs)
         plan = _plan(store, spec, checkpoint, same.model_copy(update={"sites": tuple(missing), "outputs": outputs}))
@@ -70,9 +75,9 @@ def add(
         reporter.note(f"{len(sites) - len(missing)} of the {len(sites)} sites are there already; the others are added")
     store.clean_staging()
     outcome = runner().run_added(store, grid, Chosen(grid.plan, checkpoint), reporter)
-    sealed = outcome.sealed.root.attributes
-    (generation,) = (part for part in sealed.generations if part.key == grid.plan.key)
-    return Added(sealed, generation, generation.sites, outcome)
+    root = outcome.sealed.root.attributes
+    (generation,) = (part for part in root.generations if part.key == grid.plan.key)
+    return Added(root, generation, generation.sites, outcome.sealed.by_us, outcome)
 
 
 def _same_tokens(store: Store, spec: Spec, checkpoint: Checkpoint, root: RootAttributes) -> ResolvedSpec:
@@ -135,7 +140,10 @@ def _nothing_to_do(store: Store, spec: Spec, root: RootAttributes, sites: list[s
     generation = next(part for part in reversed(root.generations) if set(part.sites) & set(sites))
     here = generation.provenance.spec
     if different := difference(here, _asked(spec, generation.provenance.model, here)):
-        raise SpecMismatch(f"{store.location}: has every site asked for, of another spec ({'; '.join(different)})")
+        raise SpecMismatch(
+            f"{store.location}: has every site asked for, of another spec ({'; '.join(different)}); "
+            "leave those options out, or give another URL"
+        )
     if outputs:
         raise InvalidInput(
             f"{store.location}: has every site asked for; {', '.join(outputs)} can be added with a site that it lacks alone"

@@ -20,6 +20,7 @@ from actcache.jobs.progress import Reporter, Silent
 from actcache.jobs.resolve import Resolved, resolve
 from actcache.schemas.errors import InvalidInput, NotFound, NotSealed, SpecMismatch, StoreError, Unsupported
 from actcache.schemas.plan import PLAN_KEY, Plan
+from actcache.schemas.root import RootAttributes
 from actcache.schemas.spec import ResolvedSpec, Spec, difference
 
 State = Literal["built", "already sealed", "sealed by another build", "tokenised"]
@@ -84,7 +85,7 @@ def build(
     sealed = _sealed(store)
     if sealed is not None:
         root, generation = sealed.attributes, sealed.attributes.generations[0]
-        _same(store, "holds a sealed dataset", generation.provenance.spec, resolved.plan)
+        _same(store, "holds a sealed dataset", generation.provenance.spec, resolved.plan, _hint(root, resolved.plan))
         with suppress(StoreError):  # a courtesy: whoever sealed it may have died before it had tidied up
             tidy(store)
         return BuildResult(
@@ -116,7 +117,7 @@ def _add(store: Store, spec: Spec, patterns: str | Iterable[str], stage: str, re
     return BuildResult(
         store.location.url,
         added.generation.key,
-        "already sealed" if done is None else "built" if done.sealed.by_us else "sealed by another build",
+        "already sealed" if done is None else "built" if added.by_us else "sealed by another build",
         added.generation.manifest,
         added.root.n_tokens,
         tuple(added.root.sites),
@@ -163,9 +164,15 @@ def _place(store: Store, resolved: Resolved) -> None:
     store.clean_staging()
 
 
-def _same(store: Store, what: str, spec: ResolvedSpec, asked: Plan) -> None:
+def _hint(root: RootAttributes, asked: Plan) -> str:
+    """Another way out, where what is asked for are more sites for the same tokens."""
+    more = set(asked.spec.sites) - set(root.sites)
+    return " or, for more sites, --add-sites" if more and root.tokens_key == asked.tokens_key else ""
+
+
+def _same(store: Store, what: str, spec: ResolvedSpec, asked: Plan, hint: str = "") -> None:
     if spec.key() != asked.key:
         raise SpecMismatch(
-            f"{store.location}: {what} with another spec ({'; '.join(difference(spec, asked.spec))}); give another URL"
-            + ("" if spec.tokens_key() != asked.tokens_key else ", or add sites with --add-sites")
+            f"{store.location}: {what} with another spec ({'; '.join(difference(spec, asked.spec))}); "
+            f"give another URL{hint}"
         )

@@ -88,7 +88,7 @@ class Grid:
     def norm(self) -> ArrayLayout:
         """L2 norms, (token, site). That of an added build names the build, and so is its claim to all that it adds."""
         layout, sites = self.plan.spec.layout, self.plan.spec.sites
-        claim = {"build": self.plan.key, "outputs": list(self.plan.spec.outputs)} if self.number else {}
+        claim = {"build": self.plan.key, "outputs": [output.name for output in self.outputs()]} if self.number else {}
         return ArrayLayout(
             f"{NORMS}{self.number}",
             (self.n_tokens, len(sites)),
@@ -113,13 +113,16 @@ class Grid:
             {"units": "nats", "meaning": "cross-entropy of the next token of the same sequence; NaN at its last"},
         )
 
+    def outputs(self) -> list[ArrayLayout]:
+        """Every array of what is stored beside the sites."""
+        return [self.loss] if "loss" in self.plan.spec.outputs else []
+
     def block_arrays(self) -> Iterator[ArrayLayout]:
         """Every array of which a block holds one shard: the sites, then norms and outputs."""
         for name in self.plan.spec.sites:
             yield self.site(name)
         yield self.norm
-        if "loss" in self.plan.spec.outputs:
-            yield self.loss
+        yield from self.outputs()
 
     def token_arrays(self) -> dict[str, ArrayLayout]:
         """Every array that tokenising writes."""

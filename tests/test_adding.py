@@ -221,7 +221,7 @@ def test_places_where_nothing_can_be_added(first: ac.Spec, more: ac.Spec, ds: Pa
         ac.build(more, ds, add_sites=MORE, stage="tokenise")
     with pytest.raises(ac.InvalidInput, match="no corpus"):
         ac.build(more, tmp_path / "new")
-    with pytest.raises(ac.SpecMismatch, match="or add sites with --add-sites"):
+    with pytest.raises(ac.SpecMismatch, match="give another URL or, for more sites, --add-sites"):
         ac.build(first.model_copy(update={"sites": "all"}), ds)
 
 
