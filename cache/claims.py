@@ -139,7 +139,7 @@ def _read(store: Store, number: int) -> Claim | None:
         sites, outputs, build = tuple(attributes["sites"]), tuple(attributes["outputs"]), attributes["build"]
         for name in (*sites, *outputs):
             check_name(name)
-    except (ValueError, KeyError, TypeError, Unsupported):
+    except (ValueError, KeyError, TypeError, RecursionError, Unsupported):
         build = None
     if not is_sha256(build):
         raise Corrupt(f"{where}: not the norms of an added build; remove this folder, and what that build began")

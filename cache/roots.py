@@ -12,9 +12,11 @@ from actcache.cache.opening import SealedRoot, read_root
 from actcache.cache.publish import publish
 from actcache.cache.seal import SealedParts
 from actcache.cache.store import Store
-from actcache.schemas.errors import Corrupt
+from actcache.schemas.errors import Corrupt, StoreError
 from actcache.schemas.root import MAX_ROOT_BYTES, ROOT_KEY, RootAttributes, root_key
 from actcache.schemas.root_document import parse_root, root_bytes
+
+ATTEMPTS = 10  # at writing over; each but the first follows another writer, or a store that shows what it held before
 
 
 def newest_root(store: Store) -> SealedRoot:
@@ -34,11 +36,15 @@ def finish_root(store: Store) -> SealedRoot:
     Raises:
         StoreError: the store refused or failed.
     """
-    while True:
+    for _ in range(ATTEMPTS):
         newest, ahead = _walk(store)
         if not ahead:
             return newest
         store.replace(ROOT_KEY, newest.data)
+    raise StoreError(
+        f"{store.location.child(ROOT_KEY)}: was written over {ATTEMPTS} times, and each time an older one was read back; "
+        "'actcache seal' tries again"
+    )
 
 
 def claimed_root(store: Store, root: SealedRoot) -> SealedRoot | None:

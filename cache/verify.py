@@ -109,7 +109,11 @@ def verify(
         others = set(sizes) - set(expected) - names
         report.unfinished = _unfinished(store, root, others)
         folders = tuple(folder for work in report.unfinished for folder in work.folders)
-        report.unexpected = sorted(key for key in others if not key.startswith(folders))
+        others = {key for key in others if not key.startswith(folders)}
+        if scaffolding := {key: match[0] for key in others if (match := _SCAFFOLDING.match(key))}:
+            what = "scaffolding of a build that runs, or that was stopped and removes it when it runs again"
+            report.unfinished.append(Unfinished(what, tuple(sorted(set(scaffolding.values())))))
+        report.unexpected = sorted(others - set(scaffolding))
     _check_objects(store, pool, expected, sizes, report, progress)
     report.problems.sort(key=lambda problem: problem.key)
     return report
@@ -155,10 +159,6 @@ def _check_roots(store: Store, root: SealedRoot, report: Report) -> None:
 def _unfinished(store: Store, root: SealedRoot, others: set[str]) -> list[Unfinished]:
     """What added builds began here, as far as the objects that no manifest names tell."""
     found, sealed = [], set()
-    if scaffolding := sorted({match[0] for key in others if (match := _SCAFFOLDING.match(key))}):
-        found.append(
-            Unfinished("scaffolding of a build that runs, or was stopped and removes it next", tuple(scaffolding))
-        )
     if root_key(len(root.attributes.generations) + 1) in others:
         try:
             sealed = {generation.key for generation in newest_root(store).attributes.generations}

@@ -167,6 +167,20 @@ def test_outputs_that_are_missing_are_added_with_sites(ds: Path, more: ac.Spec, 
     check_whole(ds)
 
 
+def test_a_residual_stream_stored_in_two_builds_of_two_dtypes_is_one(first: ac.Spec, more: ac.Spec, sealed: Path):
+    url = "memory://two"
+    ac.build(first.model_copy(update={"sites": "blocks.{0,2}.hook_resid_post"}), url)
+    with pytest.raises(ac.NotFound, match="needs every residual state"):
+        _ = ac.open(url).resid
+    ac.build(more.model_copy(update={"dtype": "bfloat16"}), url, add_sites="resid")
+    found, whole = ac.open(url), ac.open(sealed)
+    assert found.sites == whole.sites
+    assert [found.dtypes[site] for site in found.sites] == ["bfloat16", "float32", "bfloat16", "float32"]
+    np.testing.assert_allclose(found.resid.compute(), whole.resid.compute(), rtol=2**-8)
+    np.testing.assert_allclose(ac.lens.logit(found)["loss"], ac.lens.logit(whole)["loss"], rtol=0.05)
+    check_whole(url)
+
+
 def test_a_dataset_without_a_head_gets_none(first: ac.Spec, more: ac.Spec, tmp_path: Path):
     ac.build(first.model_copy(update={"head": False}), tmp_path / "ds")
     ac.build(more, tmp_path / "ds", add_sites="blocks.0.hook_mlp_out")

@@ -95,10 +95,10 @@ def test_an_interrupted_added_build_is_told_and_resumes(
 ) -> None:
     stop(ds, more, ATTENTION, at)
     check_old(ds, first)
-    (work,) = ac.verify(ds).unfinished[-1:]
+    work = ac.verify(ds).unfinished[0]
     assert f"(1 sites: {ATTENTION}) is not finished" in work.what
     assert "unfinished  added build" in call("verify", ds).output
-    assert json.loads(call("verify", ds, "--json").stdout)["unfinished"][-1]["folders"][0] == "norm/1/"
+    assert json.loads(call("verify", ds, "--json").stdout)["unfinished"][0]["folders"][0] == "norm/1/"
     assert ac.build(more, ds, add_sites=ATTENTION).manifest == ac.open(grown).generations[1].manifest
     check_new(ds, ATTENTION)
 
@@ -389,6 +389,16 @@ def test_there_is_a_root_at_every_moment_of_its_writing_over(ds: Path, more: Spe
         watcher.join()
     assert seen == sorted(seen)
     assert seen[0] == 1
+
+
+def test_a_store_that_shows_what_it_held_before_is_not_written_for_ever(
+    ds: Path, more: Spec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = []
+    monkeypatch.setattr(LocalStore, "replace", lambda store, key, data: written.append(key))
+    with pytest.raises(ac.StoreError, match="an older one was read back"):
+        ac.build(more, ds, add_sites=ATTENTION)
+    assert written == ["zarr.json"] * 10
 
 
 def test_finishing_a_root_that_is_finished_writes_nothing(grown: Path, monkeypatch: pytest.MonkeyPatch) -> None:
