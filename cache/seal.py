@@ -23,23 +23,16 @@ from actcache.cache.store import PROBES, Store
 from actcache.schemas.array import ArrayLayout, group_document, head_group
 from actcache.schemas.canonical import digest, sha256
 from actcache.schemas.errors import Corrupt, NotFound, NotSealed, SpecMismatch
-from actcache.schemas.grid import Grid, whole_layout
+from actcache.schemas.grid import Grid, whole_layout, width_dimension
 from actcache.schemas.manifest import manifest_bytes, manifest_key
 from actcache.schemas.plan import FORMAT, RECORDS, TOKENS_KEY, StoredObject, TokensRecord, plan_key
 from actcache.schemas.receipt import HEAD_RECEIPT, HeadReceipt, Receipt, receipt_key, statistics_key
 from actcache.schemas.root import ROOT_KEY, ReplayResult
 from actcache.schemas.root_document import root_bytes
+from actcache.schemas.sites import site_meaning
 
 ENVIRONMENTS = f"{RECORDS}environments/"
 NOT_REPLAYED = ReplayResult(status="not replayed")
-SITE_MEANING = {
-    "hook_resid_pre": "residual stream before the block",
-    "hook_attn_out": "what attention adds to the residual stream",
-    "hook_resid_mid": "residual stream between attention and MLP",
-    "hook_mlp_out": "what the MLP adds to the residual stream",
-    "hook_resid_post": "residual stream after the block, before any final norm",
-    "hook_normalized": "residual stream after the final norm's division, before its gain and bias",
-}
 
 
 @dataclass(frozen=True)
@@ -180,12 +173,12 @@ def _merge(store: Store, grid: Grid, receipts: list[Receipt], pool: Executor) ->
     return total
 
 
-def _statistics_layout(site: str, moments: Moments) -> ArrayLayout:
+def _statistics_layout(site: str, moments: Moments, d_model: int) -> ArrayLayout:
     return whole_layout(
         f"statistics/{site}",
         (2, len(moments.mean)),
         "float64",
-        ("moment", "d_model"),
+        ("moment", width_dimension(len(moments.mean), d_model)),
         count=moments.count,
         moments=["mean", "variance"],
     )
@@ -199,7 +192,8 @@ def head_layout(name: str, shape: tuple[int, ...], dtype: str) -> ArrayLayout:
 def _members(parts: Parts) -> dict[str, dict[str, Any]]:
     """Metadata of every array and group that the build wrote below the root, by name."""
     layouts = [*parts.grid.block_arrays()]
-    layouts += [_statistics_layout(site, moments) for site, moments in parts.moments.items()]
+    d_model = parts.grid.plan.model.d_model
+    layouts += [_statistics_layout(site, moments, d_model) for site, moments in parts.moments.items()]
     members = {}
     if parts.tokens is not None:
         layouts += parts.grid.token_arrays().values()
@@ -215,7 +209,8 @@ def _objects(store: Store, parts: Parts, members: dict[str, dict[str, Any]], poo
     objects = {entry.key: entry for entry in [*parts.records, *_stored(parts)]}
     for site, moments in parts.moments.items():
         rows = np.stack([moments.mean, moments.variance])
-        objects |= {entry.key: entry for entry in publish_array(store, _statistics_layout(site, moments), rows, pool)}
+        layout = _statistics_layout(site, moments, parts.grid.plan.model.d_model)
+        objects |= {entry.key: entry for entry in publish_array(store, layout, rows, pool)}
     for name, document in members.items():
         key = f"{name}/zarr.json"
         if key not in objects:
@@ -256,7 +251,7 @@ def _provenance(
         "spec": plan.spec.document(),
         "labels": plan.labels.document(),
         "model": plan.model.document(),
-        "site_meaning": {site: SITE_MEANING[site.rsplit(".", 1)[-1]] for site in plan.spec.sites},
+        "site_meaning": {site: site_meaning(site) for site in plan.spec.sites},
         "software": software(),
         "environments": environments,
         "mixed_environments": len({digest(_hardware(environment)) for environment in environments}) > 1,

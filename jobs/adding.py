@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,16 +12,17 @@ from actcache.cache.claims import begin
 from actcache.cache.opening import read_plan
 from actcache.cache.roots import newest_root
 from actcache.cache.store import Store
+from actcache.jobs.anatomy import study, torch_half
 from actcache.jobs.checkpoint import Checkpoint, locate
 from actcache.jobs.corpus import open_corpus
-from actcache.jobs.families import shape_of
 from actcache.jobs.progress import Reporter
 from actcache.jobs.resolve import Chosen, check_layout, layout_of
+from actcache.schemas.anatomy import Anatomy
 from actcache.schemas.errors import Corrupt, InvalidInput, SpecMismatch, StoreError
 from actcache.schemas.plan import PLAN_KEY, BatchRule, Labels, ModelShape, Plan, added_records
 from actcache.schemas.root import Generation, RootAttributes
-from actcache.schemas.sites import all_sites, expand
-from actcache.schemas.spec import CAPTURE_VERSION, ResolvedSpec, Spec, difference
+from actcache.schemas.sites import expand
+from actcache.schemas.spec import CAPTURE_VERSION, Execution, ResolvedSpec, Spec, difference
 
 if TYPE_CHECKING:
     from actcache.jobs.run import Outcome
@@ -42,12 +43,10 @@ class Added:
     outcome: Outcome | None = None
 
 
-def add(
-    store: Store, spec: Spec, patterns: str | Iterable[str], reporter: Reporter, runner: Callable[[], Any]
-) -> Added:
+def add(store: Store, spec: Spec, patterns: str | Iterable[str], reporter: Reporter) -> Added:
     """Add the sites that patterns choose, and the spec's outputs, as far as the sealed dataset lacks them.
 
-    The spec names the model. Whatever else it leaves open is as in the first build. `runner` imports `actcache.jobs.run`.
+    The spec names the model. Whatever else it leaves open is as in the first build.
 
     Raises:
         NotFound, NotSealed: there is no sealed dataset.
@@ -56,16 +55,19 @@ def add(
     """
     root = newest_root(store).attributes
     checkpoint = locate(spec.model, spec.revision)
-    n_layers = shape_of(checkpoint.config, str(checkpoint.folder)).n_layers
-    sites = expand(patterns, all_sites(n_layers), n_layers)
     same = _same_tokens(store, spec, checkpoint, root)
+    run_as = _execution(spec, same)
+    studied = study(checkpoint, same.model, run_as.compute_dtype, run_as.attention)
+    anatomy = studied.anatomy
+    sites = expand(patterns, anatomy.sites, anatomy.n_layers, anatomy.module_sites)
     while True:
         missing = [site for site in sites if site not in root.arrays]
         stored = {name for generation in root.generations for name in generation.provenance.spec.outputs}
         outputs = tuple(name for name in spec.outputs if name not in stored)
         if not missing:
             return _nothing_to_do(store, spec, root, sites, outputs)
-        plan = _plan(store, spec, checkpoint, same.model_copy(update={"sites": tuple(missing), "outputs": outputs}))
+        wanted = same.model_copy(update={"sites": tuple(missing), "outputs": outputs})
+        plan = _plan(store, spec, checkpoint, anatomy, wanted)
         store.probe_create_only(added_records(plan.key))
         grid = begin(store, plan, stored_tokens(store, root))
         if grid is not None:
@@ -74,7 +76,7 @@ def add(
     if len(missing) < len(sites):
         reporter.note(f"{len(sites) - len(missing)} of the {len(sites)} sites are there already; the others are added")
     store.clean_staging()
-    outcome = runner().run_added(store, grid, Chosen(grid.plan, checkpoint), reporter)
+    outcome = torch_half("run").run_added(store, grid, Chosen(grid.plan, checkpoint, studied), reporter)
     root = outcome.sealed.root.attributes
     (generation,) = (part for part in root.generations if part.key == grid.plan.key)
     return Added(root, generation, generation.sites, outcome.sealed.by_us, outcome)
@@ -98,7 +100,7 @@ def _same_tokens(store: Store, spec: Spec, checkpoint: Checkpoint, root: RootAtt
     return asked
 
 
-def _plan(store: Store, spec: Spec, checkpoint: Checkpoint, same: ResolvedSpec) -> Plan:
+def _plan(store: Store, spec: Spec, checkpoint: Checkpoint, anatomy: Anatomy, same: ResolvedSpec) -> Plan:
     """The plan of an added build. What it does not ask for is as in the first build, so that bits and blocks fit together."""
     first = read_plan(store)
     if first is None:
@@ -116,6 +118,7 @@ def _plan(store: Store, spec: Spec, checkpoint: Checkpoint, same: ResolvedSpec) 
             corpus_license=spec.corpus_license or first.labels.corpus_license,
         ),
         model=first.model,
+        widths={site: width for site in same.sites if (width := anatomy.width(site)) != first.model.d_model},
         batches=BatchRule(size=resolved.execution.batch_size),
         sources=first.sources,
     )
@@ -125,15 +128,21 @@ def _plan(store: Store, spec: Spec, checkpoint: Checkpoint, same: ResolvedSpec) 
 
 def _asked(spec: Spec, shape: ModelShape, base: ResolvedSpec) -> ResolvedSpec:
     """A resolved spec with whatever a spec says of stored dtype, execution and layout."""
-    said = {name: value for name in ("compute_dtype", "batch_size") if (value := getattr(spec, name)) is not None}
     stored_dtype = base.stored_dtype if spec.dtype == "auto" else spec.dtype
-    update: dict[str, Any] = {"stored_dtype": stored_dtype, "execution": base.execution.model_copy(update=said)}
+    update: dict[str, Any] = {"stored_dtype": stored_dtype, "execution": _execution(spec, base)}
     if spec.block_tokens is not None or spec.chunk_tokens is not None:
         block = spec.block_tokens or base.layout.block_tokens
         chunk = spec.chunk_tokens or (base.layout.chunk_tokens if block % base.layout.chunk_tokens == 0 else None)
         cut = spec.model_copy(update={"block_tokens": block, "chunk_tokens": chunk})
         update["layout"] = layout_of(cut, shape, base.context, stored_dtype)
     return base.model_copy(update=update)
+
+
+def _execution(spec: Spec, base: ResolvedSpec) -> Execution:
+    names = ("compute_dtype", "attention", "batch_size")
+    return base.execution.model_copy(
+        update={name: value for name in names if (value := getattr(spec, name)) is not None}
+    )
 
 
 def _nothing_to_do(store: Store, spec: Spec, root: RootAttributes, sites: list[str], outputs: tuple[str, ...]) -> Added:

@@ -16,7 +16,7 @@ from actcache.cache.statistics import Moments, measure, pack, unpack
 from actcache.cache.store import Store
 from actcache.jobs.batches import Batch, batches, touching
 from actcache.jobs.capture import run
-from actcache.jobs.model import to_numpy
+from actcache.jobs.head import to_numpy
 from actcache.jobs.parts import ModelParts
 from actcache.schemas.errors import Corrupt, OutOfRange
 from actcache.schemas.grid import Grid
@@ -192,7 +192,7 @@ def next_token_loss(parts: ModelParts, state: torch.Tensor, batch: Batch) -> np.
     losses = []
     for row, length in enumerate(batch.lengths):
         ids = batch.input_ids[row, :length].to(state.device)
-        logits = parts.unembedding(state[row, :length]).float()
+        logits = parts.logits(state[row, :length])
         loss = torch.full((int(length),), torch.nan)
         loss[:-1] = torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="none").cpu()
         losses.append(loss[batch.keep[row, :length]])

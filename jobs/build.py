@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from actcache.cache.added import tidy
 from actcache.cache.location import Location
@@ -16,6 +15,7 @@ from actcache.cache.publish import publish
 from actcache.cache.roots import newest_root
 from actcache.cache.store import Store, open_store
 from actcache.jobs.adding import add
+from actcache.jobs.anatomy import torch_half
 from actcache.jobs.progress import Reporter, Silent
 from actcache.jobs.resolve import Resolved, resolve
 from actcache.schemas.errors import InvalidInput, NotFound, NotSealed, SpecMismatch, StoreError, Unsupported
@@ -92,7 +92,7 @@ def build(
             store.location.url, generation.key, "already sealed", generation.manifest, root.n_tokens, tuple(root.sites)
         )
     _place(store, resolved)
-    outcome = _runner().run_plan(store, resolved, reporter or Silent(), stage == "tokenise")
+    outcome = torch_half("run").run_plan(store, resolved, reporter or Silent(), stage == "tokenise")
     if outcome.sealed is None:
         return BuildResult(store.location.url, resolved.plan.key, "tokenised", recomputed_fraction=outcome.recomputed)
     root = outcome.sealed.root.attributes
@@ -112,7 +112,7 @@ def build(
 def _add(store: Store, spec: Spec, patterns: str | Iterable[str], stage: str, reporter: Reporter) -> BuildResult:
     if stage != "all":
         raise InvalidInput(f"{store.location}: the tokens are stored already; leave --stage out with --add-sites")
-    added = add(store, spec, patterns, reporter, _runner)
+    added = add(store, spec, patterns, reporter)
     done = added.outcome
     return BuildResult(
         store.location.url,
@@ -126,14 +126,6 @@ def _add(store: Store, spec: Spec, patterns: str | Iterable[str], stage: str, re
         bytes_written=done.bytes_written if done else 0,
         recomputed_fraction=done.recomputed if done else 0.0,
     )
-
-
-def _runner() -> Any:
-    """The half that needs torch, which a run that has nothing to do must not wait for."""
-    try:
-        return importlib.import_module("actcache.jobs.run")
-    except ModuleNotFoundError as error:
-        raise Unsupported(f"building needs {error.name}; pip install 'actcache[jobs]'") from None
 
 
 def _sealed(store: Store) -> SealedRoot | None:

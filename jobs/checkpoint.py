@@ -43,6 +43,15 @@ class Checkpoint:
     revision: str | None
     config: dict[str, Any]
 
+    @property
+    def family(self) -> str:
+        """Its `model_type`.
+
+        Raises:
+            Unsupported: the config names none.
+        """
+        return family_of(self.config, str(self.folder))
+
     def identity(self) -> ModelIdentity:
         """The model by its content.
 
@@ -50,9 +59,7 @@ class Checkpoint:
             InvalidInput: the folder has no weights.
         """
         config = digest({name: value for name, value in self.config.items() if name != "_name_or_path"})
-        return ModelIdentity(
-            family=family_of(self.config, str(self.folder)), config=config, weights=_folded(self.weight_files())
-        )
+        return ModelIdentity(family=self.family, config=config, weights=_folded(self.weight_files()))
 
     def tokenizer(self) -> TokenizerIdentity:
         """The tokenizer by the content of its files.
@@ -132,6 +139,7 @@ def locate(model: str, revision: str | None) -> Checkpoint:
 
 def _download(model: str, revision: str | None) -> Path:
     from huggingface_hub.errors import (
+        GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
@@ -142,6 +150,10 @@ def _download(model: str, revision: str | None) -> Path:
     try:
         folder = _snapshot(model, revision, "*.safetensors")
         return folder if any(folder.glob("*.safetensors")) else _snapshot(model, revision, "pytorch_model*.bin")
+    except GatedRepoError:
+        raise InvalidInput(
+            f"{at}: gated: accept its terms on the hub, then log in with 'hf auth login' or set HF_TOKEN"
+        ) from None
     except (RepositoryNotFoundError, HFValidationError):
         raise InvalidInput(f"{at}: neither a folder nor a model on the hub (a private one needs HF_TOKEN)") from None
     except LocalEntryNotFoundError:

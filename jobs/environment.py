@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from actcache.jobs.determinism import flags
+from actcache.jobs.families import overrides
 from actcache.jobs.parts import ModelParts
 from actcache.schemas.spec import ResolvedSpec
 
@@ -26,9 +28,10 @@ def environment(parts: ModelParts, spec: ResolvedSpec, proof: dict[str, float]) 
             "attention": spec.execution.attention,
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "cuda": torch.version.cuda if cuda else None,
-            "float32_matmul_precision": torch.get_float32_matmul_precision(),
-            "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+            **flags(),
         },
+        "config_overrides": overrides(spec.model.family),
+        "sites": {site: parts.anatomy.meaning(site) for site in spec.sites},
         "proof": proof,
     }
 

@@ -1,33 +1,43 @@
-"""Loading a model for capture, and its stored head."""
+"""Loading a model for capture, and looking at it once."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import warnings
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 import transformers
+from torch import nn
 
-from actcache.jobs.parts import PARTS, ModelParts
-from actcache.schemas.dtypes import numpy_dtype
-from actcache.schemas.errors import InvalidInput
-from actcache.schemas.spec import ResolvedSpec
+from actcache.jobs.discover import discover
+from actcache.jobs.families import overrides
+from actcache.schemas.anatomy import Anatomy
+from actcache.schemas.errors import ActcacheError, InvalidInput, Unsupported
 
 
-def load_parts(folder: Path, spec: ResolvedSpec) -> ModelParts:
-    """Load a model in evaluation mode, in the spec's compute dtype and attention, on the best device there is.
+def load_model(folder: Path, family: str, compute_dtype: str, attention: str | None) -> tuple[nn.Module, str]:
+    """A model in evaluation mode, in the compute dtype, on the best device there is, and its attention implementation.
+
+    `attention` None takes `sdpa` where the family has it, else `eager`.
 
     Raises:
         InvalidInput: transformers cannot load it, or weights are missing in the files.
+        Unsupported: transformers has no causal language model of this type, or not with that attention.
     """
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    kind = _class_of(folder, family)
+    attention = attention or ("sdpa" if kind._supports_sdpa else "eager")
     try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        for name, value in overrides(family).items():
+            setattr(config, name, value)
         model, loading = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=getattr(torch, spec.execution.compute_dtype),
-            attn_implementation=spec.execution.attention,
+            config=config,
+            dtype=getattr(torch, compute_dtype),
+            attn_implementation=attention,
             local_files_only=True,
             output_loading_info=True,
         )
@@ -37,43 +47,39 @@ def load_parts(folder: Path, spec: ResolvedSpec) -> ModelParts:
         missing = sorted(loading["missing_keys"])
         raise InvalidInput(f"{folder}: {len(missing)} weights are missing in the files (first: {missing[0]})")
     model.eval().requires_grad_(False).to("cuda" if torch.cuda.is_available() else "cpu")
-    return PARTS[spec.model.family](model)
+    return model, attention
+
+
+def _class_of(folder: Path, family: str) -> Any:
+    """The class that transformers has for a causal language model of this type."""
+    mapping = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if family not in mapping:
+        raise Unsupported(
+            f"{folder}: transformers {transformers.__version__} has no causal language model of type {family!r}; upgrade it, "
+            "or describe the model with actcache.Capturable (code that comes with a model is never run)"
+        )
+    return getattr(transformers, mapping[family])
+
+
+def look_at(model: nn.Module, attention: str, where: str) -> Anatomy:
+    """The anatomy of a loaded model.
+
+    Raises:
+        OutOfRange: it computes NaN.
+        Unsupported: it cannot be taken apart, or does not run on token ids alone.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return discover(model, attention, where)
+    except ActcacheError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
+        raise Unsupported(
+            f"{where}: a {type(model).__name__} cannot be run on token ids alone: {first_line(error)}"
+        ) from error
 
 
 def first_line(error: Exception) -> str:
     """The first line of an error's message, or its kind where there is none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-@dataclass(frozen=True)
-class HeadParts:
-    """A head as it is stored: operations, and arrays in the compute dtype."""
-
-    operations: tuple[dict[str, str | float], ...]
-    arrays: dict[str, np.ndarray]
-
-
-def head_parts(parts: ModelParts) -> HeadParts:
-    """Final norm and unembedding of a model, as the operations of `actcache.cache.head`."""
-    norm = parts.final_norm
-    gain = norm.weight if norm.weight is not None else torch.ones(norm.normalized_shape)
-    bias = norm.bias if norm.bias is not None else torch.zeros_like(gain)
-    return HeadParts(
-        (
-            {"op": "layer_norm", "eps": float(norm.eps), "gain": "norm_gain", "bias": "norm_bias"},
-            {"op": "linear", "weight": "unembedding"},
-        ),
-        {
-            "norm_gain": to_numpy(gain),
-            "norm_bias": to_numpy(bias),
-            "unembedding": to_numpy(parts.unembedding.weight),
-        },
-    )
-
-
-def to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """A tensor as numpy with the same bits; bfloat16 as `ml_dtypes.bfloat16`."""
-    tensor = tensor.detach().cpu().contiguous()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(numpy_dtype("bfloat16"))
-    return tensor.numpy()

@@ -1,53 +1,96 @@
-"""Where the parts of a model are. Capture, proof and head work on these alone, whatever the family."""
+"""The parts of a loaded model, found by its anatomy. Capture, proof and head work on these, whatever the family."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from actcache.schemas.errors import Unsupported
+from actcache.jobs.norms import normalised
+from actcache.schemas.anatomy import Anatomy, HeadStep
+from actcache.schemas.sites import FINAL_NORM
+
+Transform = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class BlockParts:
-    """One block: attention, then MLP, each added to the residual stream. `mid_norm` reads the stream between them."""
+class ModuleTap:
+    """Where a site is read: before a module (its input) or after it (its output), and what is made of the tensor."""
 
-    block: nn.Module
-    attention: nn.Module
-    mid_norm: nn.Module
-    mlp: nn.Module
+    site: str
+    module: nn.Module
+    before: bool
+    transform: Transform | None
 
 
 @dataclass(frozen=True)
 class ModelParts:
-    """A decoder-only model taken apart. `backbone` is all but the unembedding."""
+    """A causal language model in evaluation mode, and its anatomy."""
 
     model: nn.Module
-    backbone: nn.Module
-    blocks: tuple[BlockParts, ...]
-    final_norm: nn.LayerNorm
-    unembedding: nn.Linear
+    anatomy: Anatomy
 
     @property
     def device(self) -> torch.device:
         """Where inputs must be."""
-        return self.unembedding.weight.device
+        return next(self.model.parameters()).device
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The blocks, in order."""
+        return [self.model.get_submodule(path) for path in self.anatomy.blocks]
+
+    @property
+    def unembedding(self) -> nn.Module:
+        """The module that makes logits, before any scale and soft cap."""
+        return self._module(self.anatomy.head[self.anatomy.unembedding])
+
+    def taps(self, sites: Iterable[str]) -> list[ModuleTap]:
+        """Where some sites are read."""
+        return [self._tap(site) for site in sites]
+
+    def _tap(self, site: str) -> ModuleTap:
+        tap = self.anatomy.tap(site)
+        transform: Transform | None = None
+        final = self.anatomy.final_norm
+        if site == FINAL_NORM and final is not None and final.norm is not None:
+            norm = final.norm
+            transform = lambda x: normalised(norm, x)  # noqa: E731
+        elif tap.factor != 1.0:
+            factor = tap.factor
+            transform = lambda x: x * factor  # noqa: E731
+        return ModuleTap(site, self.model.get_submodule(tap.module), tap.at == "input", transform)
+
+    def logits(self, state: torch.Tensor) -> torch.Tensor:
+        """The logits (…, vocabulary), float32, of what the unembedding is given (…, width)."""
+        return self._steps(self.unembedding(state).float(), self.anatomy.head[self.anatomy.unembedding + 1 :])
+
+    def head(self, stream: torch.Tensor) -> torch.Tensor:
+        """The logits (…, vocabulary) of the last block's output (…, d_model), by the model's own modules."""
+        return self._steps(stream, self.anatomy.head)
+
+    def _steps(self, x: torch.Tensor, steps: Iterable[HeadStep]) -> torch.Tensor:
+        for step in steps:
+            if step.op == "norm":
+                x = self._module(step)(x)
+            elif step.op == "linear":
+                module = self._module(step)
+                x = module(x.to(next(module.parameters()).dtype))  # a stream may be wider than the weights
+            elif step.op == "first":
+                x = x[..., : step.rows]
+            elif step.op == "scale":
+                x = x * _factor(step)
+            else:
+                x = torch.tanh(x / _factor(step)) * _factor(step)
+        return x
+
+    def _module(self, step: HeadStep) -> nn.Module:
+        assert step.module is not None
+        return self.model.get_submodule(step.module)
 
 
-def gpt2_parts(model: nn.Module) -> ModelParts:
-    """The parts of transformers' `GPT2LMHeadModel`."""
-    backbone = model.get_submodule("transformer")
-    blocks = tuple(
-        BlockParts(block, block.get_submodule("attn"), block.get_submodule("ln_2"), block.get_submodule("mlp"))
-        for block in backbone.get_submodule("h").children()
-    )
-    final_norm, unembedding = backbone.get_submodule("ln_f"), model.get_submodule("lm_head")
-    if not isinstance(final_norm, nn.LayerNorm) or not isinstance(unembedding, nn.Linear):
-        raise Unsupported("this GPT-2's final norm or unembedding is of another kind than transformers' own")
-    return ModelParts(model, backbone, blocks, final_norm, unembedding)
-
-
-PARTS: dict[str, Callable[[nn.Module], ModelParts]] = {"gpt2": gpt2_parts}
+def _factor(step: HeadStep) -> float:
+    assert step.factor is not None
+    return step.factor

@@ -3,21 +3,49 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from actcache.cache.head import Head
-from actcache.jobs.batches import Batch
 from actcache.jobs.capture import run
-from actcache.jobs.model import head_parts, to_numpy
+from actcache.jobs.head import head_parts, to_numpy
+from actcache.jobs.norms import gain_and_bias
 from actcache.jobs.parts import ModelParts
+from actcache.jobs.relations import ROUNDINGS, sum_error
+from actcache.jobs.trace import forward, logits_of
 from actcache.schemas import sites as names
 from actcache.schemas.errors import ProofFailed
-from actcache.schemas.sites import all_sites
 
-PROOF_TOKENS = 2048
+PROOF_TOKENS = 1024
 EXTRA_PADDING = 8
+IDENTITIES = {
+    "logits": "the final norm and unembedding of the last block's output make the model's own logits",
+    "stream": "each block is given what the one before returned, bit for bit",
+    "attention": "resid_pre + attn_out = resid_mid",
+    "mlp": "resid_mid + mlp_out = resid_post",
+    "parallel": "resid_pre + attn_out + mlp_out = resid_post, where a block has no resid_mid",
+    "final_norm": "hook_normalized · gain + bias is the final norm's output",
+    "head": "the stored head, evaluated in numpy, makes the model's logits",
+    "padding": "padding on the right changes no state of a real token",
+    "batch": "a sequence has the same states alone and among others",
+    "causality": "the states of a sequence's first half are those of the first half alone",
+}
+
+
+@dataclass(frozen=True)
+class Identity:
+    """How far an identity is from holding, and how far rounding explains: ratios of norms or of elements."""
+
+    error: float
+    tolerance: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether it holds but for rounding. A NaN does not."""
+        return self.error <= self.tolerance
 
 
 def tolerance(dtype: str, n_layers: int) -> float:
@@ -44,100 +72,155 @@ def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm().clamp_min(1e-30))
 
 
-def prove(parts: ModelParts, batch: Batch, dtype: str) -> dict[str, float]:
-    """Check every identity on a few sequences of a real batch. Returns each identity's relative error.
+def prove(parts: ModelParts, ids: torch.Tensor, mask: torch.Tensor, dtype: str) -> dict[str, float]:
+    """Check every identity of `IDENTITIES` that the model's sites allow. Returns their errors.
 
-    - `logits`: unembed(final_norm(resid_post[L-1])) equals the model's own logits
-    - `stream`: resid_post[i] is resid_pre[i+1], bit for bit
-    - `attention`, `mlp`: resid_pre + attn_out = resid_mid, resid_mid + mlp_out = resid_post
-    - `final_norm`: hook_normalized · gain + bias equals the final norm's output
-    - `padding`: a sequence alone, and padded on the right in a batch, has the same states
-    - `head`: the stored head, evaluated in numpy, gives the model's logits
+    `ids` and `mask` are (sequence, position), int64, padded on the right; the first few sequences, at most `PROOF_TOKENS`
+    tokens of them, are used.
 
     Raises:
         ProofFailed: an error is beyond the tolerance of the dtype; the message names the identity.
     """
-    n_layers = len(parts.blocks)
-    ids, mask = _few(batch)
-    states, pres = _states(parts, ids, mask)
-    with torch.inference_mode():
-        logits = parts.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        last = states[names.resid_post(n_layers - 1)]
-        own = mask.bool()
-        errors = {"logits": relative_error(parts.unembedding(parts.final_norm(last))[own], logits[own])}
-        errors["stream"] = max(
-            [0.0, *(relative_error(states[names.resid_post(i - 1)], pres[i]) for i in range(1, n_layers))]
-        )
-        errors["attention"] = max(
-            relative_error(pres[i] + states[names.attn_out(i)], states[names.resid_mid(i)]) for i in range(n_layers)
-        )
-        errors["mlp"] = max(
-            relative_error(states[names.resid_mid(i)] + states[names.mlp_out(i)], states[names.resid_post(i)])
-            for i in range(n_layers)
-        )
-        gain, bias = parts.final_norm.weight, parts.final_norm.bias
-        scaled = states[names.FINAL_NORM] * gain + (bias if bias is not None else 0)
-        errors["final_norm"] = relative_error(scaled[own], parts.final_norm(last)[own])
-    errors["padding"] = _padding_error(parts, ids, mask)
-    errors["head"] = _head_error(parts, last[own], logits[own])
-    bounds = dict.fromkeys(errors, exact_tolerance(dtype)) | {"stream": 0.0, "padding": tolerance(dtype, n_layers)}
-    for identity, error in errors.items():
-        bound = bounds[identity]
-        if not error <= bound:
+    found = identities(parts, ids, mask, dtype)
+    for name, identity in found.items():
+        if not identity.holds:
             raise ProofFailed(
-                f"this model fails the identity {identity!r}: relative error {error:.3g}, tolerance {bound:.3g}; "
-                "it would be stored wrongly, so nothing is stored"
+                f"this {type(parts.model).__name__} fails the identity {name!r} ({IDENTITIES[name]}): relative error "
+                f"{identity.error:.3g}, tolerance {identity.tolerance:.3g}; it would be stored wrongly, so nothing is stored"
             )
-    return errors
+    return {name: identity.error for name, identity in found.items()}
 
 
-def _few(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """The batch's first sequences, at most `PROOF_TOKENS` padded tokens but at least one sequence."""
-    count = max(1, PROOF_TOKENS // batch.input_ids.shape[1])
-    return batch.input_ids[:count], batch.attention_mask[:count]
+@torch.inference_mode()
+def identities(parts: ModelParts, ids: torch.Tensor, mask: torch.Tensor, dtype: str) -> dict[str, Identity]:
+    """The error of every identity that the model's sites allow, by name, in the order of `IDENTITIES`."""
+    few = max(1, PROOF_TOKENS // ids.shape[1])
+    ids, mask = (part[:few, :PROOF_TOKENS].to(parts.device) for part in (ids, mask))
+    states, pres = _states(parts, ids, mask)
+    own = mask.bool()
+    logits = logits_of(forward(parts.model, ids, mask))[own]
+    last = states[names.resid_post(parts.anatomy.n_layers - 1)][own]
+    exact = exact_tolerance(dtype)
+    found = {"logits": Identity(relative_error(parts.head(last), logits), exact)}
+    found["stream"] = Identity(_stream_error(states, pres), 0.0)
+    roundings = ROUNDINGS * _eps(dtype)
+    kept = {site: state[own] for site, state in states.items()}
+    for name, errors in _additions(kept, parts.anatomy.n_layers).items():
+        if errors:
+            found[name] = Identity(max(errors), roundings)
+    if names.FINAL_NORM in states:
+        found["final_norm"] = Identity(_norm_error(parts, kept[names.FINAL_NORM], last), exact)
+    found["head"] = Identity(_head_error(parts, last, logits), exact)
+    others = tolerance(dtype, parts.anatomy.n_layers)
+    for name, measure in _CONTEXTS.items():
+        found[name] = Identity(measure(parts, ids, mask), others)
+    return found
 
 
 def _states(
     parts: ModelParts, ids: torch.Tensor, mask: torch.Tensor
 ) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
-    """Every site's tensor, and what each block's forward pass was really given."""
+    """Every named site's tensor, and what each block was really given."""
     states: dict[str, torch.Tensor] = {}
     pres: list[torch.Tensor] = []
 
     def keep(site: str, tensor: torch.Tensor) -> None:
         states[site] = tensor.clone()
 
-    handles = [
-        block.block.register_forward_pre_hook(lambda module, args: pres.append(args[0].clone()))
-        for block in parts.blocks
-    ]
+    def given(module: torch.nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
+        pres.append((args[0] if args else kwargs["hidden_states"]).clone())
+
+    handles = [block.register_forward_pre_hook(given, with_kwargs=True) for block in parts.blocks]
     try:
-        run(parts, ids.to(parts.device), mask.to(parts.device), all_sites(len(parts.blocks)), keep, whole=True)
+        run(parts, ids, mask, parts.anatomy.sites, keep, whole=True)
     finally:
         for handle in handles:
             handle.remove()
     return states, pres
 
 
-def _padding_error(parts: ModelParts, ids: torch.Tensor, mask: torch.Tensor) -> float:
-    """The largest error of any residual state of the first sequence between running it alone and padded."""
-    length = int(mask[0].sum())
-    alone, _ = _states(parts, ids[:1, :length], mask[:1, :length])
-    half = max(1, length // 2)
-    longest = length if length >= _longest(parts) else min(length + EXTRA_PADDING, _longest(parts))
-    padded, padded_mask = torch.zeros(2, longest, dtype=ids.dtype), torch.zeros(2, longest, dtype=mask.dtype)
-    padded[0, :length], padded_mask[0, :length] = ids[0, :length], 1
-    padded[1, :half], padded_mask[1, :half] = ids[0, :half], 1
-    together, _ = _states(parts, padded, padded_mask)
-    whole = max(relative_error(together[site][0, :length], alone[site][0]) for site in alone)
-    return max(whole, max(relative_error(together[site][1, :half], alone[site][0, :half]) for site in alone))
+def _stream_error(states: Mapping[str, torch.Tensor], pres: list[torch.Tensor]) -> float:
+    posts = [states[names.resid_post(layer)] for layer in range(len(pres))]
+    return max(
+        [0.0, *(relative_error(post, pre) for post, pre in zip(posts[:-1], pres[1:], strict=True))],
+    )
 
 
-def _longest(parts: ModelParts) -> int:
-    return int(getattr(parts.model.config, "max_position_embeddings", 1 << 30))
+def _additions(states: Mapping[str, torch.Tensor], n_layers: int) -> dict[str, list[float]]:
+    """Errors of the sums that lead from each block's input to its output, by identity."""
+    errors: dict[str, list[float]] = {"attention": [], "mlp": [], "parallel": []}
+    for layer in range(n_layers):
+        pre = states[names.resid_pre(0) if layer == 0 else names.resid_post(layer - 1)]
+        post, mid = states[names.resid_post(layer)], states.get(names.resid_mid(layer))
+        attention, mlp = states.get(names.attn_out(layer)), states.get(names.mlp_out(layer))
+        if mid is not None and attention is not None:
+            errors["attention"].append(sum_error(mid, pre, [attention]))
+        if mid is not None and mlp is not None:
+            errors["mlp"].append(sum_error(post, mid, [mlp]))
+        if mid is None and (attention is not None or mlp is not None):
+            errors["parallel"].append(sum_error(post, pre, [term for term in (attention, mlp) if term is not None]))
+    return errors
+
+
+def _norm_error(parts: ModelParts, normalised: torch.Tensor, last: torch.Tensor) -> float:
+    step = parts.anatomy.final_norm
+    assert step is not None
+    assert step.norm is not None
+    assert step.module is not None
+    module = parts.model.get_submodule(step.module)
+    gain, bias = gain_and_bias(step.norm, module)
+    scaled = normalised.float() * (1 if gain is None else gain) + (0 if bias is None else bias)
+    return relative_error(scaled, module(last))
 
 
 def _head_error(parts: ModelParts, last: torch.Tensor, logits: torch.Tensor) -> float:
     head = head_parts(parts)
     stored = Head(head.operations, {name: array.astype(np.float32) for name, array in head.arrays.items()})
+    stored.check(parts.anatomy.d_model)
     return relative_error(torch.from_numpy(stored.logits(to_numpy(last).astype(np.float32))), logits.cpu())
+
+
+def _padding_error(parts: ModelParts, ids: torch.Tensor, mask: torch.Tensor) -> float:
+    """The first sequence alone against the same padded on the right, and its half among longer ones."""
+    length = int(mask[0].sum())
+    alone, _ = _states(parts, ids[:1, :length], mask[:1, :length])
+    half = max(1, length // 2)
+    most = parts.anatomy.max_context or length + EXTRA_PADDING
+    longest = length if length >= most else min(length + EXTRA_PADDING, most)
+    padded, padded_mask = ids.new_zeros(2, longest), mask.new_zeros(2, longest)
+    padded[0, :length], padded_mask[0, :length] = ids[0, :length], 1
+    padded[1, :half], padded_mask[1, :half] = ids[0, :half], 1
+    together, _ = _states(parts, padded, padded_mask)
+    return max(_worst(together, 0, alone, length), _worst(together, 1, alone, half))
+
+
+def _batch_error(parts: ModelParts, ids: torch.Tensor, mask: torch.Tensor) -> float:
+    """The first sequence alone against the same among three."""
+    length = int(mask[0].sum())
+    alone, _ = _states(parts, ids[:1, :length], mask[:1, :length])
+    row = ids[0, :length]
+    three = torch.stack([row.flip(0), row, row.roll(1)])
+    together, _ = _states(parts, three, torch.ones_like(three))
+    return _worst(together, 1, alone, length)
+
+
+def _causality_error(parts: ModelParts, ids: torch.Tensor, mask: torch.Tensor) -> float:
+    """The first half of the first sequence, run alone, against the same within the whole."""
+    length = int(mask[0].sum())
+    half = max(1, length // 2)
+    whole, _ = _states(parts, ids[:1, :length], mask[:1, :length])
+    alone, _ = _states(parts, ids[:1, :half], mask[:1, :half])
+    return _worst(whole, 0, alone, half)
+
+
+_CONTEXTS: dict[str, Callable[[ModelParts, torch.Tensor, torch.Tensor], float]] = {
+    "padding": _padding_error,
+    "batch": _batch_error,
+    "causality": _causality_error,
+}
+
+
+def _worst(together: Mapping[str, torch.Tensor], row: int, alone: Mapping[str, torch.Tensor], length: int) -> float:
+    """The largest relative error of any state of the stream: one site at a time, over `length` tokens of a row."""
+    stream = [site for site in alone if "hook_resid" in site]
+    return max(relative_error(together[site][row, :length], alone[site][0, :length]) for site in stream)

@@ -10,7 +10,7 @@ import torch
 from actcache.cache.reader import ArrayReader
 from actcache.cache.store import Store
 from actcache.jobs.capture import run
-from actcache.jobs.model import to_numpy
+from actcache.jobs.head import to_numpy
 from actcache.jobs.parts import ModelParts
 from actcache.jobs.proof import relative_error, tolerance
 from actcache.schemas.dtypes import numpy_dtype

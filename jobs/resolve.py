@@ -1,4 +1,4 @@
-"""From what a user asks for to a plan: every choice made, every file hashed. No torch here: it must be quick."""
+"""From what a user asks for to a plan: every choice made, every file hashed. No torch where the model is known: it must be quick."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from glob import has_magic
 from pathlib import Path
 
+from actcache.jobs.anatomy import Studied, study
 from actcache.jobs.checkpoint import Checkpoint, locate
 from actcache.jobs.corpus import Corpus, open_corpus, printable
-from actcache.jobs.families import ATTENTION, family_of, shape_of
 from actcache.schemas.dtypes import numpy_dtype
 from actcache.schemas.errors import InvalidInput
 from actcache.schemas.grid import Grid
 from actcache.schemas.plan import BatchRule, Labels, ModelShape, Plan
-from actcache.schemas.sites import all_sites, expand
+from actcache.schemas.sites import expand
 from actcache.schemas.spec import CAPTURE_VERSION, Execution, Layout, ResolvedSpec, Spec
 
 DEFAULT_CONTEXT = 1024
@@ -30,6 +30,7 @@ class Chosen:
 
     plan: Plan
     checkpoint: Checkpoint
+    studied: Studied
 
     def check_model(self) -> None:
         """Check that the model's files are still those of the plan.
@@ -62,30 +63,37 @@ def resolve(spec: Spec) -> Resolved:
 
     Raises:
         InvalidInput: a part of the spec cannot be used.
-        Unsupported: the model's family cannot be captured.
+        Unsupported: the model cannot be captured.
         StoreError: the model's hub failed.
     """
     checkpoint = locate(spec.model, spec.revision)
     corpus = open_corpus(spec.corpus, spec.text_field)
-    where = str(checkpoint.folder)
-    family = family_of(checkpoint.config, where)
-    shape = shape_of(checkpoint.config, where)
-    context = _context(spec, shape)
     compute_dtype = spec.compute_dtype or checkpoint.dtype()
+    identity = checkpoint.identity()
+    studied = study(checkpoint, identity, compute_dtype, spec.attention)
+    anatomy = studied.anatomy
+    shape = ModelShape(
+        n_layers=anatomy.n_layers,
+        d_model=anatomy.d_model,
+        vocab_size=anatomy.vocab_size,
+        max_context=anatomy.max_context,
+    )
+    context = _context(spec, shape)
+    sites = tuple(expand(spec.sites, anatomy.sites, anatomy.n_layers, anatomy.module_sites))
     stored_dtype = compute_dtype if spec.dtype == "auto" else spec.dtype
     batch_size = spec.batch_size or max(1, TOKENS_PER_BATCH // context)
     resolved = ResolvedSpec(
         capture=CAPTURE_VERSION,
-        model=checkpoint.identity(),
+        model=identity,
         tokenizer=checkpoint.tokenizer(),
         corpus=corpus.identity(),
         context=context,
         max_tokens=spec.max_tokens,
-        sites=tuple(expand(spec.sites, all_sites(shape.n_layers), shape.n_layers)),
+        sites=sites,
         outputs=spec.outputs,
         head=spec.head,
         stored_dtype=stored_dtype,
-        execution=Execution(compute_dtype=compute_dtype, attention=ATTENTION[family], batch_size=batch_size),
+        execution=Execution(compute_dtype=compute_dtype, attention=anatomy.attention, batch_size=batch_size),
         layout=layout_of(spec, shape, context, stored_dtype),
     )
     plan = Plan(
@@ -100,11 +108,12 @@ def resolve(spec: Spec) -> Resolved:
             corpus_license=spec.corpus_license,
         ),
         model=shape,
+        widths={site: width for site in sites if (width := anatomy.width(site)) != anatomy.d_model},
         batches=BatchRule(size=batch_size),
         sources=corpus.sources,
     )
     check_layout(plan)
-    return Resolved(plan, checkpoint, corpus)
+    return Resolved(plan, checkpoint, studied, corpus)
 
 
 def layout_of(spec: Spec, shape: ModelShape, context: int, stored_dtype: str) -> Layout:

@@ -17,8 +17,10 @@ from actcache.cache.seal import NOT_REPLAYED, Sealed, environments_of, head_layo
 from actcache.cache.store import Store
 from actcache.jobs.batches import recomputed_fraction
 from actcache.jobs.blocks import BlockRunner
+from actcache.jobs.determinism import deterministic
 from actcache.jobs.environment import environment
-from actcache.jobs.model import head_parts, load_parts
+from actcache.jobs.head import head_parts
+from actcache.jobs.model import load_model
 from actcache.jobs.parts import ModelParts
 from actcache.jobs.pool import BoundedPool
 from actcache.jobs.progress import Progress, Reporter
@@ -47,6 +49,7 @@ class Outcome:
     recomputed: float
 
 
+@deterministic()
 def run_plan(store: Store, resolved: Resolved, reporter: Reporter, tokenise_only: bool = False) -> Outcome:
     """Carry out a plan that is in place, from wherever it stands.
 
@@ -74,6 +77,7 @@ def run_plan(store: Store, resolved: Resolved, reporter: Reporter, tokenise_only
         pool.shutdown(cancel_futures=True)
 
 
+@deterministic()
 def run_added(store: Store, grid: Grid, chosen: Chosen, reporter: Reporter) -> Outcome:
     """Carry out an added build that has claimed its names, from wherever it stands. The tokens are there.
 
@@ -99,8 +103,7 @@ def _capture(
             f"{recomputed:.1%} more tokens are run than stored, since sequences cross blocks of {grid.block_tokens} tokens; "
             "larger blocks (--block-tokens) cost less"
         )
-    parts = load_parts(chosen.checkpoint.folder, grid.plan.spec)
-    chosen.check_model()
+    parts = _parts(chosen)
     runner = BlockRunner(store, grid, parts, sequence_start, pool)
     for layout in grid.block_arrays():
         publish_metadata(store, layout)
@@ -131,6 +134,16 @@ def _is_sealed(store: Store, grid: Grid) -> bool:
     return generation_of(newest_root(store).attributes, grid.plan.key) is not None
 
 
+def _parts(chosen: Chosen) -> ModelParts:
+    """The model of a plan, loaded."""
+    spec, model = chosen.plan.spec, chosen.studied.model
+    if model is None:
+        execution = spec.execution
+        model, _ = load_model(chosen.checkpoint.folder, spec.model.family, execution.compute_dtype, execution.attention)
+    chosen.check_model()
+    return ModelParts(model, chosen.studied.anatomy)
+
+
 def _tokenizer(resolved: Resolved) -> Any:
     tokenizer = load_tokenizer(resolved.checkpoint.folder)
     resolved.check_tokenizer()
@@ -141,7 +154,8 @@ def _prepare(store: Store, grid: Grid, parts: ModelParts, runner: BlockRunner, p
     """Prove the tensors, record the environment and store the head."""
     spec = grid.plan.spec
     first = runner.batches(*grid.block_range(0))[0]
-    record = canonical(environment(parts, spec, prove(parts, first, spec.execution.compute_dtype)))
+    proof = prove(parts, first.input_ids, first.attention_mask, spec.execution.compute_dtype)
+    record = canonical(environment(parts, spec, proof))
     publish(store, f"{environments_of(grid.records)}{sha256(record)}.json", record)
     if not spec.head or store.get_or_none(HEAD_RECEIPT) is not None:
         return

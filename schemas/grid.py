@@ -73,16 +73,20 @@ class Grid:
         return block * self.block_tokens, min((block + 1) * self.block_tokens, self.n_tokens)
 
     def site(self, name: str) -> ArrayLayout:
-        """The array of a site, (token, d_model)."""
-        layout = self.plan.spec.layout
+        """The array of a site, (token, width)."""
+        layout, width = self.plan.spec.layout, self.width(name)
         return ArrayLayout(
             name,
-            (self.n_tokens, self.plan.model.d_model),
+            (self.n_tokens, width),
             self.plan.spec.stored_dtype,
             layout.block_tokens,
             layout.chunk_tokens,
-            ("token", "d_model"),
+            ("token", width_dimension(width, self.plan.model.d_model)),
         )
+
+    def width(self, site: str) -> int:
+        """Length of a site's vectors."""
+        return self.plan.widths.get(site, self.plan.model.d_model)
 
     @property
     def norm(self) -> ArrayLayout:
@@ -130,7 +134,12 @@ class Grid:
 
     def statistics(self) -> dict[str, int]:
         """Each site's width, in the order of a block's statistics object."""
-        return dict.fromkeys(self.plan.spec.sites, self.plan.model.d_model)
+        return {site: self.width(site) for site in self.plan.spec.sites}
+
+
+def width_dimension(width: int, d_model: int) -> str:
+    """Name of an axis of that length: `d_model` for that length alone, since xarray wants one length a name."""
+    return "d_model" if width == d_model else f"width_{width}"
 
 
 def token_layouts(n_tokens: int, n_sequences: int, n_documents: int) -> dict[str, ArrayLayout]:

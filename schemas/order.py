@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from actcache.schemas.sites import FINAL_NORM, all_sites
+from actcache.schemas.sites import FINAL_NORM, MODULE
 
 _BLOCK_SITE = re.compile(r"blocks\.(\d{1,9})\.(.+)")
-_RANK = {match[2]: rank for rank, match in enumerate(map(_BLOCK_SITE.fullmatch, all_sites(1))) if match}
-_FIRST, _LAST = (-1, -1), (1 << 60, -1)
+_IN_BLOCK = ("hook_resid_pre", "hook_attn_out", "hook_resid_mid", "hook_mlp_out", "hook_resid_post")
+_FIRST, _FINAL, _MODULES = (-1, -1), (1 << 60, 0), (1 << 60, 1)
 
 Place = tuple[int, int]
 
@@ -17,7 +17,7 @@ Place = tuple[int, int]
 def model_order(builds: Iterable[Sequence[str]]) -> list[str]:
     """The sites of several builds in model order. Each build's own order stays, as do all names, twice or not.
 
-    A name that format 1.0 does not know stands behind the one before it in its own build.
+    A name that this version does not know stands behind the one before it in its own build; modules come last.
     """
     placed: list[tuple[Place, str]] = []
     for sites in builds:
@@ -30,10 +30,10 @@ def model_order(builds: Iterable[Sequence[str]]) -> list[str]:
 
 def _place(site: str, before: Place) -> Place:
     """Block, and rank in it."""
-    if site == FINAL_NORM:
-        return _LAST
+    if site == FINAL_NORM or site.startswith(MODULE):
+        return _FINAL if site == FINAL_NORM else _MODULES
     match = _BLOCK_SITE.fullmatch(site)
     if match is None:
         return before
     block = int(match[1])
-    return block, _RANK.get(match[2], before[1] if before[0] == block else -1)
+    return block, _IN_BLOCK.index(match[2]) if match[2] in _IN_BLOCK else before[1] if before[0] == block else -1

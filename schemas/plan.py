@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
+
 from actcache.schemas.record import Record
 from actcache.schemas.spec import ResolvedSpec
 
@@ -66,7 +68,10 @@ class Labels(Record):
 
 
 class Plan(Record):
-    """Written first, create-only. Who resumes a build adopts it."""
+    """Written first, create-only. Who resumes a build adopts it.
+
+    `widths` has the length of the vectors of each site where it is not `model.d_model`.
+    """
 
     format: str = FORMAT
     key: str
@@ -74,6 +79,7 @@ class Plan(Record):
     spec: ResolvedSpec
     labels: Labels
     model: ModelShape
+    widths: dict[str, int] = Field(default_factory=dict)
     batches: BatchRule
     sources: tuple[Source, ...]
 

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from actcache.schemas.errors import InvalidInput
 
-_BLOCK_SITES = ("hook_resid_pre", "hook_attn_out", "hook_resid_mid", "hook_mlp_out", "hook_resid_post")
 FINAL_NORM = "ln_final.hook_normalized"
+MODULE = "module:"
+_MEANING = {
+    "hook_resid_pre": "residual stream before the block",
+    "hook_attn_out": "what attention, or the recurrence in its place, adds to the residual stream",
+    "hook_resid_mid": "residual stream between attention and MLP",
+    "hook_mlp_out": "what the MLP adds to the residual stream",
+    "hook_resid_post": "residual stream after the block, before any final norm",
+    "hook_normalized": "residual stream after the final norm's division, before its gain and bias",
+}
 
 
 def resid_pre(layer: int) -> str:
@@ -42,23 +51,22 @@ def residual_stream(n_layers: int) -> list[str]:
     return [resid_pre(0), *(resid_post(layer) for layer in range(n_layers))]
 
 
-def all_sites(n_layers: int) -> list[str]:
-    """Every site of a model whose blocks are attention, then MLP, in model order.
-
-    `resid_pre` of a later block is `resid_post` of the one before and is not named twice.
-    """
-    names = [resid_pre(0)]
-    for layer in range(n_layers):
-        names += [f"blocks.{layer}.{kind}" for kind in _BLOCK_SITES if kind != "hook_resid_pre"]
-    return [*names, FINAL_NORM]
+def site_meaning(site: str) -> str:
+    """A site in words."""
+    if site.startswith(MODULE):
+        return f"output of the module {site.removeprefix(MODULE)}"
+    return _MEANING.get(site.rsplit(".", 1)[-1], "as the module's description names it")
 
 
-def expand(patterns: str | Iterable[str], available: Sequence[str], n_layers: int) -> list[str]:
+def expand(
+    patterns: str | Iterable[str], available: Sequence[str], n_layers: int, modules: Sequence[str] = ()
+) -> list[str]:
     """The sites that patterns choose, in model order, none twice.
 
     A pattern is `resid`, `all`, a site's name, or a glob with `*`, `?`, `[…]` and `{a,b}`; several are
     separated by spaces or given as a list. `blocks.3.hook_resid_pre` is stored under the name
-    `blocks.2.hook_resid_post`, since it is the same tensor.
+    `blocks.2.hook_resid_post`, since it is the same tensor. One that begins with `module:` chooses among `modules`, which
+    nothing else does, and these come last.
 
     Raises:
         InvalidInput: a pattern matches none of the model's sites; the message lists what there is.
@@ -73,15 +81,43 @@ def expand(patterns: str | Iterable[str], available: Sequence[str], n_layers: in
             matches = [name for name in residual_stream(n_layers) if name in available]
         elif pattern == "all":
             matches = list(available)
+        elif pattern.startswith(MODULE):
+            matches = _matching(pattern, modules)
         else:
-            globs = expand_braces(pattern)
-            matches = [name for name in available if any(fnmatchcase(name, g) for g in globs)]
-            matches += [post for pre, post in aliases.items() if any(fnmatchcase(pre, g) for g in globs)]
+            matches = _matching(pattern, available) + [aliases[pre] for pre in _matching(pattern, list(aliases))]
         if not matches:
-            shown = ", ".join(available[:8]) + (", …" if len(available) > 8 else "")
-            raise InvalidInput(f"no site matches {pattern!r}; this model of {n_layers} layers has: {shown}")
+            raise InvalidInput(f"no site matches {pattern!r}; {_offer(pattern, available, n_layers, modules)}")
         chosen.update(matches)
-    return [name for name in available if name in chosen]
+    return [name for name in (*available, *modules) if name in chosen]
+
+
+def _matching(pattern: str, among: Sequence[str]) -> list[str]:
+    if pattern in among:  # a name may hold what a glob takes for a wildcard
+        return [pattern]
+    globs = expand_braces(pattern)
+    return [name for name in among if any(fnmatchcase(name, g) for g in globs)]
+
+
+def _offer(pattern: str, available: Sequence[str], n_layers: int, modules: Sequence[str]) -> str:
+    """What a model has, by kind, so that the line stays short for any number of layers."""
+    if pattern.startswith(MODULE):
+        near = get_close_matches(pattern, modules, 3, 0.4)
+        return f"no module of that path gives one vector a token; close: {', '.join(near or modules[:3])}"
+    kinds: dict[str, list[int]] = {}
+    for name in available:
+        if match := re.fullmatch(r"blocks\.(\d+)\.(\w+)", name):
+            kinds.setdefault(match.group(2), []).append(int(match.group(1)))
+    shown = [f"blocks.{_layers(layers)}.{kind}" for kind, layers in kinds.items()]
+    shown += [name for name in available if not name.startswith("blocks.")]
+    return f"this model of {n_layers} layers has {', '.join(shown)}"
+
+
+def _layers(layers: list[int]) -> str:
+    if len(layers) == 1:
+        return str(layers[0])
+    if layers == list(range(layers[0], layers[-1] + 1)):
+        return f"{{{layers[0]}…{layers[-1]}}}"
+    return "{" + ",".join(map(str, layers[:8])) + (",…}" if len(layers) > 8 else "}")
 
 
 def expand_braces(pattern: str) -> list[str]:

@@ -37,6 +37,7 @@ class Spec(BaseModel):
         sites: patterns of the sites to store, separated by spaces.
         dtype: stored dtype; `auto` is the compute dtype, so that nothing is lost.
         compute_dtype: dtype of the forward pass; default the checkpoint's.
+        attention: transformers' attention implementation (`sdpa`, `eager`, `flash_attention_2`); default `sdpa` where the family has it.
         outputs: what to store beside the sites; `loss` is the next-token cross-entropy in nats.
         head: whether to store final norm and unembedding, so that a lens needs no model.
         max_tokens: stop after this many tokens of the corpus.
@@ -56,6 +57,7 @@ class Spec(BaseModel):
     sites: str = "resid"
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     compute_dtype: DType | None = None
+    attention: str | None = Field(default=None, pattern=r"^[a-z0-9_]+$")
     outputs: tuple[Output, ...] = ()
     head: bool = True
     max_tokens: int | None = Positive

@@ -381,10 +381,11 @@ def test_the_proof_finds_tensors_that_are_a_little_wrong(
     """On the trained model, where attention and MLP write what matters; also in bfloat16, which rounds coarsely."""
     import dataclasses
 
-    from actcache.jobs import capture, proof
+    from actcache.jobs import proof
+    from actcache.jobs.parts import ModelParts
 
     ending, change = MUTATIONS[name]
-    honest = capture.taps
+    honest = ModelParts.taps
 
     def tampered(parts, sites):
         return [
@@ -399,7 +400,7 @@ def test_the_proof_finds_tensors_that_are_a_little_wrong(
     spec = ac.Spec(model=str(bundled), corpus=(str(tmp_path / "a.txt"),), compute_dtype=dtype)
     assert proof.tolerance("bfloat16", 6) < 0.1
     assert ac.build(spec, tmp_path / "honest").state == "built"
-    monkeypatch.setattr(capture, "taps", tampered)
+    monkeypatch.setattr(ModelParts, "taps", tampered)
     with pytest.raises(ac.ProofFailed):
         ac.build(spec, tmp_path / "tampered")
 

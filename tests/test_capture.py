@@ -180,6 +180,6 @@ def test_a_model_whose_stream_is_rewritten_between_blocks_is_refused(
         return found, info
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", tampered)
-    with pytest.raises(ac.ProofFailed, match="stream"):
+    with pytest.raises((ac.ProofFailed, ac.Unsupported), match=r"stream|each on what the one before returned"):
         ac.build(ac.Spec(model=str(model), corpus=(corpus,)), tmp_path / "ds")
     assert not [path for path in (tmp_path / "ds").rglob("*") if path.match("blocks.*/c/*")]

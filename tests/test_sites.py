@@ -7,7 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actcache.schemas.errors import InvalidInput
-from actcache.schemas.sites import all_sites, expand, expand_braces, residual_stream
+from actcache.schemas.sites import expand, expand_braces, residual_stream
+
+KINDS = ("hook_attn_out", "hook_resid_mid", "hook_mlp_out", "hook_resid_post")
+
+
+def all_sites(layers: int) -> list[str]:
+    """The sites of a model whose blocks are attention, then MLP."""
+    blocks = [f"blocks.{layer}.{kind}" for layer in range(layers) for kind in KINDS]
+    return ["blocks.0.hook_resid_pre", *blocks, "ln_final.hook_normalized"]
 
 
 @given(st.integers(1, 40))
@@ -40,10 +48,29 @@ def test_patterns():
 
 @pytest.mark.parametrize("pattern", ["blocks.12.hook_resid_post", "hook_resid", "blocks.{13,14}.hook_mlp_out"])
 def test_a_pattern_that_matches_nothing_lists_what_there_is(pattern: str):
-    with pytest.raises(InvalidInput, match=r"12 layers has: blocks\.0\.hook_resid_pre"):
+    with pytest.raises(InvalidInput, match=r"12 layers has blocks\.0\.hook_resid_pre, blocks\.\{0…11\}\.hook_attn_out"):
         expand(pattern, all_sites(12), 12)
 
 
 def test_no_pattern_at_all():
     with pytest.raises(InvalidInput, match="no sites"):
         expand("  ", all_sites(2), 2)
+
+
+def test_a_kind_that_some_blocks_lack_is_named_by_layer():
+    available = [name for name in all_sites(6) if name not in ("blocks.1.hook_resid_mid", "blocks.4.hook_resid_mid")]
+    assert expand("blocks.*.hook_resid_mid", available, 6) == [f"blocks.{i}.hook_resid_mid" for i in (0, 2, 3, 5)]
+    with pytest.raises(InvalidInput, match=r"blocks\.\{0,2,3,5\}\.hook_resid_mid"):
+        expand("blocks.4.hook_resid_mid", available, 6)
+
+
+def test_modules_are_chosen_by_their_prefix_alone():
+    modules = [f"module:h.{i}.mlp.{part}" for i in range(3) for part in ("c_fc", "act")]
+    available = all_sites(3)
+    assert expand("all", available, 3, modules) == available
+    assert expand("module:h.*.mlp.act resid", available, 3, modules) == [
+        *residual_stream(3),
+        *(f"module:h.{i}.mlp.act" for i in range(3)),
+    ]
+    with pytest.raises(InvalidInput, match=r"close: module:h\.1\.mlp\.act"):
+        expand("module:h.1.mlp.acts", available, 3, modules)

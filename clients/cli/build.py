@@ -93,6 +93,7 @@ class ManyCorpora(click.Command):
     type=click.Choice(ACTIVATION_DTYPES),
     help="Dtype of the forward pass.  [default: the checkpoint's]",
 )
+@click.option("--attention", metavar="A", help="sdpa, eager, flash_attention_2.  [default: sdpa where there is one]")
 @click.option(
     "--with", "outputs", multiple=True, type=click.Choice(["loss"]), help="Also store the next-token loss (nats)."
 )

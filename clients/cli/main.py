@@ -9,6 +9,7 @@ from actcache.clients.cli.build import build_command, seal_command
 from actcache.clients.cli.common import OneLineErrors, debug_option
 from actcache.clients.cli.inspect import info_command, ls_command, verify_command
 from actcache.clients.cli.lens import lens_group
+from actcache.clients.cli.prove import prove_command
 
 
 @click.group(
@@ -27,5 +28,5 @@ def main() -> None:
     """
 
 
-for command in (build_command, info_command, verify_command, ls_command, seal_command, lens_group):
+for command in (build_command, prove_command, info_command, verify_command, ls_command, seal_command, lens_group):
     main.add_command(command)
