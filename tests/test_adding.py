@@ -181,6 +181,20 @@ def test_a_residual_stream_stored_in_two_builds_of_two_dtypes_is_one(first: ac.S
     check_whole(url)
 
 
+def test_modules_of_another_width_can_be_added(ds: Path, more: ac.Spec):
+    module = "module:transformer.h.1.mlp.c_fc"
+    result = ac.build(more, ds, add_sites=["blocks.0.hook_mlp_out", module])
+    assert (result.added, result.sites[-1]) == (("blocks.0.hook_mlp_out", module), module)
+    found = ac.open(ds)
+    assert found[module].shape == (found.n_tokens, 4 * found.d_model)
+    rows = found[module].compute().astype(float)
+    np.testing.assert_allclose(found.norm[module], np.linalg.norm(rows, axis=1), rtol=1e-6)
+    np.testing.assert_allclose(found.statistics[module]["mean"], rows.mean(axis=0), rtol=1e-10, atol=1e-12)
+    ac.build(more, ds, add_sites="ln_final.*")
+    assert ac.open(ds).sites[-2:] == ["ln_final.hook_normalized", module]
+    check_whole(ds)
+
+
 def test_a_dataset_without_a_head_gets_none(first: ac.Spec, more: ac.Spec, tmp_path: Path):
     ac.build(first.model_copy(update={"head": False}), tmp_path / "ds")
     ac.build(more, tmp_path / "ds", add_sites="blocks.0.hook_mlp_out")
