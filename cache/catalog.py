@@ -83,13 +83,14 @@ def _entry(location: Location) -> Entry:
             assert plan is not None
             return _described(url, "building", plan)
         generation = root.attributes.generations[0]
-        labels, spec = generation.provenance.labels, generation.provenance.spec
+        labels = generation.provenance.labels
+        dtypes = dict.fromkeys(root.layouts[site].dtype for site in root.attributes.sites)
         return Entry(
             url,
             "sealed",
             labels.model,
             labels.corpus,
-            spec.stored_as,
+            ", ".join(dtypes),
             tuple(root.attributes.captured),
             root.attributes.n_tokens,
             generation.key,

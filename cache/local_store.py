@@ -85,6 +85,8 @@ class LocalStore(Store):
                 _in_folder(path.parent, lambda: os.replace(staged, path))
             finally:
                 staged.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # a lease may be given back by now, and its folder with it
+                _sync_folder(path.parent)
 
     def delete(self, key: str) -> None:
         """See `Store`. Folders that this leaves empty go too."""

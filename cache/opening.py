@@ -11,7 +11,7 @@ from actcache.cache.reader import ArrayReader
 from actcache.cache.store import Store
 from actcache.schemas.array import ArrayLayout
 from actcache.schemas.errors import Corrupt, NotFound, NotSealed
-from actcache.schemas.plan import PLAN_KEY, Plan
+from actcache.schemas.plan import PLAN_KEY, RECORDS, TOKENS_KEY, Plan, TokensRecord, plan_key
 from actcache.schemas.root import MAX_ROOT_BYTES, ROOT_KEY, RootAttributes
 from actcache.schemas.root_document import parse_root
 
@@ -48,14 +48,25 @@ def read_root(store: Store) -> SealedRoot:
     return SealedRoot(*parse_root(data, where), data)
 
 
-def read_plan(store: Store) -> Plan | None:
-    """The plan of a build, or None where none was begun.
+def read_plan(store: Store, records: str = RECORDS) -> Plan | None:
+    """The plan of a build by the folder of its records, or None where none was begun.
 
     Raises:
         Corrupt: it is not a plan.
     """
-    data = store.get_or_none(PLAN_KEY)
-    return None if data is None else Plan.from_bytes(bytes(data), str(store.location.child(PLAN_KEY)))
+    key = plan_key(records)
+    data = store.get_or_none(key)
+    return None if data is None else Plan.from_bytes(bytes(data), str(store.location.child(key)))
+
+
+def read_tokens(store: Store) -> TokensRecord | None:
+    """The record of the stored tokens, or None where they are not stored yet.
+
+    Raises:
+        Corrupt: it is not such a record.
+    """
+    data = store.get_or_none(TOKENS_KEY)
+    return None if data is None else TokensRecord.from_bytes(bytes(data), str(store.location.child(TOKENS_KEY)))
 
 
 def read_head(store: Store, root: SealedRoot) -> Head:

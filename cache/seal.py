@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,22 +17,22 @@ import numpy as np
 
 from actcache.cache.damage import quantised_roles
 from actcache.cache.lease import LEASES
-from actcache.cache.opening import SealedRoot, read_plan, read_root
+from actcache.cache.opening import SealedRoot, read_plan, read_root, read_tokens
 from actcache.cache.publish import publish, publish_array, publish_document
 from actcache.cache.statistics import Moments, unpack
 from actcache.cache.store import PROBES, Store
 from actcache.schemas.array import ArrayLayout, group_document, head_group
 from actcache.schemas.canonical import digest, sha256
 from actcache.schemas.errors import Corrupt, NotFound, NotSealed, SpecMismatch
-from actcache.schemas.grid import NORM, Grid, whole_layout, width_dimension
+from actcache.schemas.grid import Grid, whole_layout, width_dimension
 from actcache.schemas.manifest import manifest_bytes, manifest_key
-from actcache.schemas.plan import FORMAT, PLAN_KEY, TOKENS_KEY, Plan, StoredObject, TokensRecord
+from actcache.schemas.plan import FORMAT, RECORDS, TOKENS_KEY, StoredObject, TokensRecord, plan_key
 from actcache.schemas.receipt import HEAD_RECEIPT, HeadReceipt, Receipt, receipt_key, statistics_key
 from actcache.schemas.root import ROOT_KEY, ReplayResult
 from actcache.schemas.root_document import root_bytes
 from actcache.schemas.sites import site_meaning
 
-ENVIRONMENTS = ".actcache/environments/"
+ENVIRONMENTS = f"{RECORDS}environments/"
 NOT_REPLAYED = ReplayResult(status="not replayed")
 
 
@@ -57,14 +57,11 @@ def seal(store: Store, pool: Executor, replay: ReplayResult = NOT_REPLAYED, bega
     if plan is None:
         raise NotFound(f"{store.location}: no build was begun here")
     if store.get_or_none(ROOT_KEY) is None:
-        parts = _collect(store, plan, pool)
-        members = _members(parts)
-        objects = _objects(store, parts, members, pool)
-        manifest = manifest_bytes(objects)
-        name = sha256(manifest)
-        publish(store, manifest_key(name), manifest)
-        data = _root(parts, members, name, _environments(store), replay, began)
-        by_us = publish(store, ROOT_KEY, data).created
+        tokens = read_tokens(store)
+        if tokens is None:
+            raise NotSealed(f"{store.location}: the corpus is not tokenised yet; run 'actcache build' to go on")
+        parts = collect(store, Grid.of(plan, tokens), tokens, pool)
+        by_us = publish(store, ROOT_KEY, _root(seal_parts(store, parts, pool, replay, began), tokens)).created
     else:
         by_us = False
     root = read_root(store)
@@ -74,71 +71,99 @@ def seal(store: Store, pool: Executor, replay: ReplayResult = NOT_REPLAYED, bega
     return Sealed(root, by_us)
 
 
-def remove_scaffolding(store: Store) -> None:
-    """Remove leases, probes, environments and dead staging: what only a build needs."""
+def environments_of(records: str) -> str:
+    """Folder where the builds of these records tell where they ran."""
+    return f"{records}environments/"
+
+
+def remove_scaffolding(store: Store, records: str = RECORDS) -> None:
+    """Remove leases, probes, environments and dead staging: what only the build of these records needs."""
     for prefix in (LEASES, PROBES, ENVIRONMENTS):
-        for key in store.list(prefix):
+        for key in store.list(f"{records}{prefix.removeprefix(RECORDS)}"):
             store.delete(key)
     store.clean_staging()
 
 
 @dataclass(frozen=True)
-class _Parts:
-    plan: Plan
-    tokens: TokensRecord
+class Parts:
+    """Everything that a build stored. `tokens` is None for an added build, which found them stored."""
+
     grid: Grid
+    tokens: TokensRecord | None
     receipts: list[Receipt]
     head: HeadReceipt | None
     moments: dict[str, Moments]
     records: list[StoredObject]
 
 
-def _collect(store: Store, plan: Plan, pool: Executor) -> _Parts:
-    """Read every record and check it against a listing."""
-    data = store.get_or_none(TOKENS_KEY)
-    if data is None:
-        raise NotSealed(f"{store.location}: the corpus is not tokenised yet; run 'actcache build' to go on")
-    tokens = TokensRecord.from_bytes(bytes(data), str(store.location.child(TOKENS_KEY)))
-    grid = Grid.of(plan, tokens)
+@dataclass(frozen=True)
+class SealedParts:
+    """What a build gives to the root: its generation, what each of its arrays is for, and all metadata by name."""
+
+    grid: Grid
+    generation: dict[str, Any]
+    arrays: dict[str, dict[str, Any]]
+    members: dict[str, dict[str, Any]]
+
+    def roles(self, generation: int) -> dict[str, dict[str, Any]]:
+        """What each array is for, and that it belongs to this generation."""
+        return {name: {**role, "generation": generation} for name, role in self.arrays.items()}
+
+
+def collect(store: Store, grid: Grid, tokens: TokensRecord | None, pool: Executor) -> Parts:
+    """Read every record of a build and check it against a listing; `tokens` if the build stored them.
+
+    Raises:
+        NotSealed: parts are missing; the message says how many.
+        Corrupt: a stored part is not what its receipt says.
+    """
+    plan, blocks = grid.plan, range(grid.n_blocks)
+    command = "'actcache build'" if tokens else "the same 'actcache build --add-sites'"
+    receipts_at = [receipt_key(block, grid.records) for block in blocks]
     listing = store.list()
-    missing = [block for block in range(grid.n_blocks) if receipt_key(block) not in listing]
+    missing = [block for block in blocks if receipts_at[block] not in listing]
     if missing:
         raise NotSealed(
             f"{store.location}: {len(missing)} of {grid.n_blocks} blocks are missing (first: block {missing[0]}); "
-            "run 'actcache build' to go on"
+            f"run {command} to go on"
         )
-    keys = [PLAN_KEY, TOKENS_KEY, *(receipt_key(block) for block in range(grid.n_blocks))]
+    keys = [plan_key(grid.records), *((TOKENS_KEY,) if tokens else ()), *receipts_at]
     if plan.spec.head:
         if HEAD_RECEIPT not in listing:
             raise NotSealed(f"{store.location}: the head is not stored yet; run 'actcache build' to go on")
         keys.append(HEAD_RECEIPT)
     contents = dict(zip(keys, pool.map(lambda key: bytes(store.get(key)), keys), strict=True))
     records = [StoredObject(key=key, size=len(data), sha256=sha256(data)) for key, data in contents.items()]
-    receipts = [
-        Receipt.from_bytes(contents[receipt_key(block)], str(store.location.child(receipt_key(block))))
-        for block in range(grid.n_blocks)
-    ]
+    receipts = [Receipt.from_bytes(contents[key], str(store.location.child(key))) for key in receipts_at]
     head = None
     if plan.spec.head:
         head = HeadReceipt.from_bytes(contents[HEAD_RECEIPT], str(store.location.child(HEAD_RECEIPT)))
-    for entry in [*tokens.objects, *(o for r in receipts for o in r.objects), *(head.objects if head else ())]:
-        _check(store, entry, listing)
-    return _Parts(plan, tokens, grid, receipts, head, _merge(store, grid, receipts, pool), records)
+    parts = Parts(grid, tokens, receipts, head, _merge(store, grid, receipts, pool), records)
+    for entry in _stored(parts):
+        _check(store, entry, listing, grid.records)
+    return parts
 
 
-def _check(store: Store, entry: StoredObject, listing: dict[str, int]) -> None:
+def _stored(parts: Parts) -> Iterator[StoredObject]:
+    """Every object that a record names."""
+    for record in (parts.tokens, *parts.receipts, parts.head):
+        if record is not None:
+            yield from record.objects
+
+
+def _check(store: Store, entry: StoredObject, listing: dict[str, int], records: str) -> None:
     if listing.get(entry.key) != entry.size:
         found = f"has {listing[entry.key]:,} bytes" if entry.key in listing else "is missing"
         raise Corrupt(
             f"{store.location.child(entry.key)}: {found}, its receipt says {entry.size:,}; "
-            "remove that receipt under .actcache/receipts/ and run 'actcache build' again"
+            f"remove that receipt under {records}receipts/ and run 'actcache build' again"
         )
 
 
 def _merge(store: Store, grid: Grid, receipts: list[Receipt], pool: Executor) -> dict[str, Moments]:
     widths = grid.statistics()
     total = {site: Moments.empty(width) for site, width in widths.items()}
-    keys = [statistics_key(receipt.block) for receipt in receipts]
+    keys = [statistics_key(receipt.block, grid.records) for receipt in receipts]
     for receipt, key, data in zip(receipts, keys, pool.map(store.get, keys), strict=True):
         stated = next((entry.sha256 for entry in receipt.objects if entry.key == key), None)
         if sha256(data) != stated:
@@ -165,12 +190,15 @@ def head_layout(name: str, shape: tuple[int, ...], dtype: str) -> ArrayLayout:
     return whole_layout(f"head/{name}", shape, dtype, tuple(f"{name}_{axis}" for axis in range(len(shape))))
 
 
-def _members(parts: _Parts) -> dict[str, dict[str, Any]]:
-    """Metadata of every array and group below the root, by name."""
-    layouts = [*parts.grid.token_arrays().values(), *parts.grid.block_arrays()]
-    d_model = parts.plan.model.d_model
+def _members(parts: Parts) -> dict[str, dict[str, Any]]:
+    """Metadata of every array and group that the build wrote below the root, by name."""
+    layouts = [*parts.grid.block_arrays()]
+    d_model = parts.grid.plan.model.d_model
     layouts += [_statistics_layout(site, moments, d_model) for site, moments in parts.moments.items()]
-    members = {"norm": group_document(), "statistics": group_document()}
+    members: dict[str, dict[str, Any]] = {}
+    if parts.tokens is not None:
+        layouts += parts.grid.token_arrays().values()
+        members = {"norm": group_document(), "statistics": group_document()}
     members |= {name.split("/")[0]: group_document() for name in parts.grid.outputs if "/" in name}
     if parts.head is not None:
         layouts += [head_layout(name, array.shape, array.dtype) for name, array in parts.head.arrays.items()]
@@ -178,33 +206,52 @@ def _members(parts: _Parts) -> dict[str, dict[str, Any]]:
     return members | {layout.name: layout.document() for layout in layouts}
 
 
-def _objects(store: Store, parts: _Parts, members: dict[str, dict[str, Any]], pool: Executor) -> Iterable[StoredObject]:
+def _objects(store: Store, parts: Parts, members: dict[str, dict[str, Any]], pool: Executor) -> dict[str, StoredObject]:
     """Everything for the manifest; writes the statistics and the groups' metadata."""
-    objects = {entry.key: entry for entry in [*parts.records, *parts.tokens.objects]}
-    for receipt in parts.receipts:
-        objects |= {entry.key: entry for entry in receipt.objects}
-    objects |= {entry.key: entry for entry in (parts.head.objects if parts.head else ())}
+    objects = {entry.key: entry for entry in [*parts.records, *_stored(parts)]}
     for site, moments in parts.moments.items():
         rows = np.stack([moments.mean, moments.variance])
-        layout = _statistics_layout(site, moments, parts.plan.model.d_model)
+        layout = _statistics_layout(site, moments, parts.grid.plan.model.d_model)
         objects |= {entry.key: entry for entry in publish_array(store, layout, rows, pool)}
     for name, document in members.items():
         key = f"{name}/zarr.json"
         if key not in objects:
             objects[key] = publish_document(store, key, document)
-    return objects.values()
+    return objects
 
 
-def _root(
-    parts: _Parts,
-    members: dict[str, dict[str, Any]],
-    manifest: str,
-    environments: list[dict[str, Any]],
-    replay: ReplayResult,
-    began: datetime | None,
-) -> bytes:
-    plan, tokens = parts.plan, parts.tokens
-    provenance = {
+def seal_parts(store: Store, parts: Parts, pool: Executor, replay: ReplayResult, began: datetime | None) -> SealedParts:
+    """Write statistics and manifest; what remains is the root.
+
+    Raises:
+        SpecMismatch: another build holds a name of this one's.
+    """
+    grid = parts.grid
+    members = _members(parts)
+    manifest = manifest_bytes(_objects(store, parts, members, pool).values())
+    publish(store, manifest_key(sha256(manifest), grid.records), manifest)
+    spec = grid.plan.spec
+    generation = {
+        "key": grid.plan.key,
+        "manifest": sha256(manifest),
+        "sites": list(grid.exact_sites),
+        "only_quantised": [site for site in spec.sites if site not in grid.exact_sites],
+        "provenance": _provenance(parts, _environments(store, grid.records), replay, began),
+    }
+    roles: dict[str, str] = dict.fromkeys(grid.token_arrays() if parts.tokens else (), "token")
+    roles |= dict.fromkeys(grid.exact_sites, "site") | {grid.norm.name: "norm"}
+    roles |= dict.fromkeys(grid.outputs, "output")
+    roles |= {f"statistics/{site}": "statistics" for site in spec.sites}
+    roles |= {f"head/{name}": "head" for name in (parts.head.arrays if parts.head else ())}
+    whole = {name: {"role": role} for name, role in roles.items()} | quantised_roles(grid, parts.receipts)
+    return SealedParts(grid, generation, whole, members)
+
+
+def _provenance(
+    parts: Parts, environments: list[dict[str, Any]], replay: ReplayResult, began: datetime | None
+) -> dict[str, Any]:
+    plan = parts.grid.plan
+    return {
         "spec": plan.spec.document(),
         "labels": plan.labels.document(),
         "model": plan.model.document(),
@@ -217,13 +264,11 @@ def _root(
         "began": began.isoformat(timespec="seconds") if began else None,
         "sealed": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    roles: dict[str, dict[str, Any]] = {name: {"role": "token"} for name in parts.grid.token_arrays()}
-    roles |= {site: {"role": "site", "generation": 0} for site in parts.grid.exact_sites}
-    roles |= quantised_roles(parts.grid, parts.receipts)
-    roles[NORM] = {"role": "norm", "generation": 0}
-    roles |= {name: {"role": "output", "generation": 0} for name in parts.grid.outputs}
-    roles |= {f"statistics/{site}": {"role": "statistics", "generation": 0} for site in plan.spec.sites}
-    roles |= {f"head/{name}": {"role": "head"} for name in (parts.head.arrays if parts.head else ())}
+
+
+def _root(sealed: SealedParts, tokens: TokensRecord) -> bytes:
+    """The first root: that of one generation."""
+    plan = sealed.grid.plan
     attributes = {
         "format": FORMAT,
         "tokens_key": plan.tokens_key,
@@ -233,22 +278,14 @@ def _root(
         "d_model": plan.model.d_model,
         "bos_token_id": tokens.bos_token_id,
         "eos_token_id": tokens.eos_token_id,
-        "generations": [
-            {
-                "key": plan.key,
-                "manifest": manifest,
-                "sites": list(parts.grid.exact_sites),
-                "only_quantised": [site for site in plan.spec.sites if site not in parts.grid.exact_sites],
-                "provenance": provenance,
-            }
-        ],
-        "arrays": roles,
+        "generations": [sealed.generation],
+        "arrays": sealed.roles(0),
     }
-    return root_bytes(attributes, members)
+    return root_bytes(attributes, sealed.members)
 
 
-def _environments(store: Store) -> list[dict[str, Any]]:
-    found = [store.get_or_none(key) for key in sorted(store.list(ENVIRONMENTS))]
+def _environments(store: Store, records: str) -> list[dict[str, Any]]:
+    found = [store.get_or_none(key) for key in sorted(store.list(environments_of(records)))]
     return [json.loads(bytes(data)) for data in found if data is not None]  # another build's seal may just remove them
 
 

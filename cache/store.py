@@ -9,8 +9,9 @@ from pathlib import Path
 
 from actcache.cache.location import Location
 from actcache.schemas.errors import NotFound, Unsupported
+from actcache.schemas.plan import RECORDS
 
-PROBES = ".actcache/probes/"
+PROBES = f"{RECORDS}probes/"
 
 
 class Store(ABC):
@@ -57,7 +58,7 @@ class Store(ABC):
 
     @abstractmethod
     def replace(self, key: str, data: bytes) -> None:
-        """Write an object whether or not it exists. For leases alone."""
+        """Write an object whether or not it exists, so that there is always the old one or the new. For leases and the root."""
 
     @abstractmethod
     def delete(self, key: str) -> None:
@@ -89,13 +90,15 @@ class Store(ABC):
     def clean_staging(self) -> None:  # noqa: B027  (nothing to do where a PUT is atomic)
         """Remove what dead writers left half-written outside any key."""
 
-    def probe_create_only(self) -> None:
+    def probe_create_only(self, records: str = RECORDS) -> None:
         """Check that the store refuses to create a key twice; some S3-compatible servers accept and overwrite.
+
+        The probe lies among the records of the build that asks, so that no other build tidies it away meanwhile.
 
         Raises:
             Unsupported: it does not refuse.
         """
-        key = f"{PROBES}{uuid.uuid4().hex}"
+        key = f"{records}probes/{uuid.uuid4().hex}"
         try:
             self.put_new(key, b"1")
             refused = not self.put_new(key, b"2")

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import partial
 
+from actcache.cache.claims import open_claims
 from actcache.cache.opening import SealedRoot, read_root
+from actcache.cache.roots import goes_on, newest_root
 from actcache.cache.store import Store
 from actcache.schemas.canonical import canonical, sha256
 from actcache.schemas.errors import Corrupt, NotFound, Unsupported
 from actcache.schemas.manifest import MAX_MANIFEST_BYTES, manifest_key, parse_manifest
 from actcache.schemas.plan import PLAN_KEY, StoredObject
-from actcache.schemas.root import ROOT_KEY
+from actcache.schemas.root import MAX_ROOT_BYTES, ROOT_KEY, ROOTS, root_key
+from actcache.schemas.root_document import parse_root
+
+_SCAFFOLDING = re.compile(r"\.actcache/(staging|([0-9a-f]{64}/)?(leases|probes|environments))/")
 
 
 @dataclass(frozen=True)
@@ -25,9 +31,21 @@ class Problem:
     what: str
 
 
+@dataclass(frozen=True)
+class Unfinished:
+    """Work on a dataset that is not sealed: what, and the folders where all that it stored lies."""
+
+    what: str
+    folders: tuple[str, ...] = ()
+
+
 @dataclass
 class Report:
-    """What verifying found. `unexpected` objects belong to no manifest; they are told, and are no damage."""
+    """What verifying found.
+
+    `unexpected` objects belong to no manifest, `unfinished` is what added builds left half done; both are told, and are
+    no damage.
+    """
 
     url: str
     full: bool
@@ -35,6 +53,7 @@ class Report:
     bytes: int = 0
     problems: list[Problem] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
+    unfinished: list[Unfinished] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -64,12 +83,13 @@ def verify(
     report.objects, report.bytes = 1, len(root.data)
     expected: dict[str, StoredObject] = {}
     names = {ROOT_KEY}
-    for generation in root.attributes.generations:
-        key = manifest_key(generation.manifest)
+    for number, generation in enumerate(root.attributes.generations):
+        records = root.attributes.records(number)
+        key = manifest_key(generation.manifest, records)
         names.add(key)
         try:
             data = bytes(store.get(key, MAX_MANIFEST_BYTES))
-            entries = parse_manifest(data, generation.manifest)
+            entries = parse_manifest(data, generation.manifest, records)
         except NotFound:
             report.problems.append(Problem(key, "missing"))
             continue
@@ -81,9 +101,19 @@ def verify(
         expected |= {entry.key: entry for entry in entries}
     if not report.problems:
         report.problems += _incomplete(root, expected)
+    whole = all(problem.key not in names for problem in report.problems)
+    _check_roots(store, root, report)
     sizes = _sizes(store, expected, pool)
-    if all(problem.key not in names for problem in report.problems):
-        report.unexpected = sorted(set(sizes) - set(expected) - names)
+    names |= {root_key(number) for number in range(2, len(root.attributes.generations) + 1)}
+    if whole:
+        others = set(sizes) - set(expected) - names
+        report.unfinished = _unfinished(store, root, others)
+        folders = tuple(folder for work in report.unfinished for folder in work.folders)
+        others = {key for key in others if not key.startswith(folders)}
+        if scaffolding := {key: match[0] for key in others if (match := _SCAFFOLDING.match(key))}:
+            what = "scaffolding of a build that runs, or that was stopped and removes it when it runs again"
+            report.unfinished.append(Unfinished(what, tuple(sorted(set(scaffolding.values())))))
+        report.unexpected = sorted(others - set(scaffolding))
     _check_objects(store, pool, expected, sizes, report, progress)
     report.problems.sort(key=lambda problem: problem.key)
     return report
@@ -101,6 +131,52 @@ def _incomplete(root: SealedRoot, expected: dict[str, StoredObject]) -> Iterable
             yield Problem(layout.metadata_key, "not in the manifest")
         elif entry.sha256 != sha256(canonical(members[name])):
             yield Problem(layout.metadata_key, "differs from the copy in the root")
+
+
+def _check_roots(store: Store, root: SealedRoot, report: Report) -> None:
+    """Every root after the first was claimed under its number: the last is the one in place, each goes on from the one before."""
+    newer = root.attributes
+    for number in range(len(root.attributes.generations), 1, -1):
+        key = root_key(number)
+        try:
+            data = bytes(store.get(key, MAX_ROOT_BYTES))
+            older = parse_root(data, key).attributes
+        except NotFound:
+            report.problems.append(Problem(key, "missing"))
+            return
+        except (Corrupt, Unsupported) as error:
+            report.problems.append(Problem(key, str(error)))
+            return
+        report.objects += 1
+        report.bytes += len(data)
+        newest = number == len(root.attributes.generations)
+        if not (data == root.data if newest else goes_on(older, newer)):
+            report.problems.append(Problem(key, f"is not the root that {ROOT_KEY} goes back to"))
+            return
+        newer = older
+
+
+def _unfinished(store: Store, root: SealedRoot, others: set[str]) -> list[Unfinished]:
+    """What added builds began here, as far as the objects that no manifest names tell."""
+    found, sealed = [], set()
+    if root_key(len(root.attributes.generations) + 1) in others:
+        try:
+            sealed = {generation.key for generation in newest_root(store).attributes.generations}
+            found.append(
+                Unfinished(f"{ROOT_KEY} is older than what {ROOTS} holds; 'actcache seal' renews it", (ROOTS,))
+            )
+        except (Corrupt, Unsupported) as error:
+            found.append(Unfinished(str(error)))
+    try:
+        claims = open_claims(store, root) if others else []
+    except (Corrupt, Unsupported) as error:
+        return [*found, Unfinished(str(error))]
+    for held in claims:
+        state = "sealed" if held.key in sealed else "not finished; run its 'actcache build --add-sites' again"
+        shown = f"{held.sites[0]} …" if len(held.sites) > 1 else " ".join(held.sites)
+        what = f"added build {held.key[:12]}… ({len(held.sites)} sites: {shown}) is {state}"
+        found.append(Unfinished(what, held.folders))
+    return found
 
 
 def _consolidated(root: SealedRoot) -> dict[str, object]:

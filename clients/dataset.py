@@ -21,7 +21,7 @@ from actcache.schemas.dtypes import numpy_dtype
 from actcache.schemas.errors import InvalidInput, NotFound
 from actcache.schemas.plan import ModelShape
 from actcache.schemas.quantised import KINDS, Damage
-from actcache.schemas.root import Provenance
+from actcache.schemas.root import Generation, Provenance
 from actcache.schemas.sites import residual_stream
 
 if TYPE_CHECKING:
@@ -67,7 +67,8 @@ class Dataset:
         quantised: the kinds in which each site is stored quantised, by site.
         n_tokens, n_sequences, n_documents, d_model: sizes.
         tokens: the small arrays of the token axis, a lazy mapping of numpy arrays.
-        provenance: where it comes from.
+        provenance: where it comes from; of what added builds stored, see `generations`.
+        generations: key, manifest, sites and provenance of the first build and of each added one.
     """
 
     def __init__(self, store: Store, root: SealedRoot) -> None:
@@ -85,6 +86,7 @@ class Dataset:
         self.format = attributes.format
         self.key = attributes.generations[0].key
         self.manifest = attributes.generations[0].manifest
+        self.generations: tuple[Generation, ...] = attributes.generations
         self.provenance: Provenance = attributes.generations[0].provenance
         self.model: ModelShape = self.provenance.model
         self.tokens: Mapping[str, np.ndarray] = TokenArrays(store, root)
@@ -132,7 +134,8 @@ class Dataset:
     def _array(self, name: str, dtype: np.dtype | None) -> da.Array:
         if name not in self._root.layouts:
             raise NotFound(f"{self.url}: no array {name!r}; ds.sites and ds.tokens list what there is")
-        return lazy_array(self._store.location, self.manifest, self._root.layouts[name], dtype)
+        generation = self.generations[self._root.attributes.arrays[name].generation]
+        return lazy_array(self._store.location, generation.manifest, self._root.layouts[name], dtype)
 
     def damage(self, name: str, kind: str) -> Damage | None:
         """What quantising did to a site, measured over every token when the dataset was built; None if it is not recorded.
@@ -249,10 +252,18 @@ class Dataset:
 
     @property
     def dtype(self) -> str:
-        """The stored dtype of the sites; the kinds of their quantised forms where there is nothing else."""
+        """The stored dtype of the sites; separated by commas where an added build stored another. `dtypes` has each.
+
+        The kinds of their quantised forms where there is nothing else.
+        """
         if not self.sites:
             return ", ".join(kind for kind in KINDS if any(kind in kinds for kinds in self.quantised.values()))
-        return self._root.layouts[self.sites[0]].dtype
+        return ", ".join(dict.fromkeys(self.dtypes.values()))
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """The stored dtype by site."""
+        return {site: self._root.layouts[site].dtype for site in self.sites}
 
     @property
     def raw_bytes(self) -> int:
@@ -286,20 +297,24 @@ class Dataset:
         sites = self._root.attributes.captured
         shown = [sites[0], "…", sites[-1]] if len(sites) > 3 else sites
         only = "" if self.sites else ", in quantised form alone"
-        extras = list(itertools.chain(spec.outputs, ["head"] if spec.head else []))
+        outputs = (generation.provenance.spec.outputs for generation in self.generations)
+        extras = [*itertools.chain(*outputs), *(["head"] if spec.head else [])]
         facts = {
             "url": self.url,
             "model": f"{labels.model}{revision} ({spec.model.family}, {self.model.n_layers} layers × {self.d_model})",
             "corpus": ", ".join(labels.corpus),
             "tokens": f"{self.n_tokens:,} in {self.n_sequences:,} sequences of at most {spec.context}, {self.n_documents:,} documents",
             "sites": f"{len(sites)}: {' '.join(shown)}{only}",
-            "dtype": f"{self.dtype} (computed in {spec.execution.compute_dtype})",
+            "dtype": f"{self.dtype} (computed in {', '.join(self._compute_dtypes())})",
             **self._damage_facts(),
             "also": ", ".join(extras) or "nothing",
             "size": f"{self.raw_bytes / 1e9:,.2f} GB of activations, not compressed",
             "key": self.key,
         }
         return {name: printable(value) for name, value in facts.items()}
+
+    def _compute_dtypes(self) -> list[str]:
+        return list(dict.fromkeys(part.provenance.spec.execution.compute_dtype for part in self.generations))
 
     def __repr__(self) -> str:
         return summary(self.facts())

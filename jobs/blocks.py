@@ -137,10 +137,11 @@ class BlockRunner:
             mixed_attempts=(*(shard.stored.key for shard in shards if shard.kept is not None), *other),
             quantised=damage,
         )
-        published = publish(self._store, receipt_key(block), receipt.to_bytes())
+        key = receipt_key(block, grid.records)
+        published = publish(self._store, key, receipt.to_bytes())
         if published.other is None:
             return receipt
-        return Receipt.from_bytes(bytes(published.other), str(self._store.location.child(receipt_key(block))))
+        return Receipt.from_bytes(bytes(published.other), str(self._store.location.child(key)))
 
     def _publish_site(self, site: str, computed: Computed) -> tuple[PublishedShard | None, Measured]:
         """Store a site's shard, if its values are stored as they are.
@@ -164,7 +165,8 @@ class BlockRunner:
 
     def _publish_statistics(self, block: int, moments: list[Moments]) -> tuple[StoredObject, list[str]]:
         """Store a block's statistics. Those of an earlier attempt that differ by rounding alone are kept and reported."""
-        published = publish(self._store, statistics_key(block), pack(moments))
+        key = statistics_key(block, self._grid.records)
+        published = publish(self._store, key, pack(moments))
         if published.other is None:
             return published.stored, []
         try:
@@ -175,8 +177,8 @@ class BlockRunner:
         except ValueError:
             same = False
         if not same:
-            key = self._store.location.child(statistics_key(block))
-            raise Corrupt(f"{key}: holds statistics of other values; remove it and run again")
+            where = self._store.location.child(key)
+            raise Corrupt(f"{where}: holds statistics of other values; remove it and run again")
         return published.stored, [published.stored.key]
 
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from actcache.cache.added import tidy
 from actcache.cache.location import Location
-from actcache.cache.opening import SealedRoot, read_plan, read_root
+from actcache.cache.opening import SealedRoot, read_plan
 from actcache.cache.publish import publish
-from actcache.cache.seal import remove_scaffolding
+from actcache.cache.roots import newest_root
 from actcache.cache.store import Store, open_store
+from actcache.jobs.adding import add
 from actcache.jobs.anatomy import torch_half
 from actcache.jobs.progress import Reporter, Silent
 from actcache.jobs.resolve import Resolved, resolve
 from actcache.schemas.errors import InvalidInput, NotFound, NotSealed, SpecMismatch, StoreError, Unsupported
 from actcache.schemas.plan import PLAN_KEY, Plan
+from actcache.schemas.root import RootAttributes
 from actcache.schemas.spec import ResolvedSpec, Spec, difference
 
 State = Literal["built", "already sealed", "sealed by another build", "tokenised"]
@@ -27,7 +31,8 @@ STAGES = ("tokenise", "all")
 class BuildResult:
     """What became of a build.
 
-    `manifest` is the SHA-256 of the manifest, None before the seal; `bytes_written` and `blocks_run` are this run's own.
+    `manifest` is the SHA-256 of the build's manifest, None before the seal; `sites` are all of the dataset's, `added` those
+    that an added build found missing; `bytes_written` and `blocks_run` are this run's own.
     """
 
     url: str
@@ -39,12 +44,14 @@ class BuildResult:
     blocks_run: int = 0
     bytes_written: int = 0
     recomputed_fraction: float = 0.0
+    added: tuple[str, ...] = ()
 
 
 def build(
     spec: Spec,
     url: str | Path | Location,
     *,
+    add_sites: str | Iterable[str] | None = None,
     endpoint_url: str | None = None,
     profile: str | None = None,
     stage: str = "all",
@@ -54,8 +61,13 @@ def build(
 
     Running it again resumes what was begun, or finds it sealed. `stage="tokenise"` stops when the tokens are stored.
 
+    With `add_sites` (patterns of sites), those of them that a sealed dataset lacks are added to it, for the same tokens of the
+    same model. Of the spec, the model is needed; its sites and head are not looked at, and what else it leaves open is as
+    in the first build.
+
     Raises:
         InvalidInput: the spec cannot be used, or the URL holds something else.
+        NotFound, NotSealed: there is no sealed dataset to add to.
         SpecMismatch: another spec is built or sealed there; the message shows the difference.
         Unsupported: the model's family, or the store, cannot be handled.
         ProofFailed: the captured tensors would not be what the model computes.
@@ -67,13 +79,15 @@ def build(
     store = open_store(url, endpoint_url=endpoint_url, profile=profile)
     if store.location.scheme in ("http", "https"):
         raise Unsupported(f"{store.location}: http(s) is read-only; build into a local path or s3://")
+    if add_sites is not None:
+        return _add(store, spec, add_sites, stage, reporter or Silent())
     resolved = resolve(spec)
     sealed = _sealed(store)
     if sealed is not None:
         root, generation = sealed.attributes, sealed.attributes.generations[0]
-        _same(store, "holds a sealed dataset", generation.provenance.spec, resolved.plan)
+        _same(store, "holds a sealed dataset", generation.provenance.spec, resolved.plan, _hint(root, resolved.plan))
         with suppress(StoreError):  # a courtesy: whoever sealed it may have died before it had tidied up
-            remove_scaffolding(store)
+            tidy(store)
         return BuildResult(
             store.location.url,
             generation.key,
@@ -100,9 +114,28 @@ def build(
     )
 
 
+def _add(store: Store, spec: Spec, patterns: str | Iterable[str], stage: str, reporter: Reporter) -> BuildResult:
+    if stage != "all":
+        raise InvalidInput(f"{store.location}: the tokens are stored already; leave --stage out with --add-sites")
+    added = add(store, spec, patterns, reporter)
+    done = added.outcome
+    return BuildResult(
+        store.location.url,
+        added.generation.key,
+        "already sealed" if done is None else "built" if added.by_us else "sealed by another build",
+        added.generation.manifest,
+        added.root.n_tokens,
+        tuple(added.root.sites),
+        added=added.sites,
+        blocks_run=done.blocks_run if done else 0,
+        bytes_written=done.bytes_written if done else 0,
+        recomputed_fraction=done.recomputed if done else 0.0,
+    )
+
+
 def _sealed(store: Store) -> SealedRoot | None:
     try:
-        return read_root(store)
+        return newest_root(store)
     except (NotFound, NotSealed):
         return None
 
@@ -128,8 +161,15 @@ def _place(store: Store, resolved: Resolved) -> None:
     store.clean_staging()
 
 
-def _same(store: Store, what: str, spec: ResolvedSpec, asked: Plan) -> None:
+def _hint(root: RootAttributes, asked: Plan) -> str:
+    """Another way out, where what is asked for are more sites for the same tokens."""
+    more = set(asked.spec.sites) - set(root.sites)
+    return " or, for more sites, --add-sites" if more and root.tokens_key == asked.tokens_key else ""
+
+
+def _same(store: Store, what: str, spec: ResolvedSpec, asked: Plan, hint: str = "") -> None:
     if spec.key() != asked.key:
         raise SpecMismatch(
-            f"{store.location}: {what} with another spec ({'; '.join(difference(spec, asked.spec))}); give another URL"
+            f"{store.location}: {what} with another spec ({'; '.join(difference(spec, asked.spec))}); "
+            f"give another URL{hint}"
         )

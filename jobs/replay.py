@@ -97,7 +97,8 @@ def _quantised(store: Store, grid: Grid) -> Iterator[_Form]:
 
 def _receipts(store: Store, grid: Grid, start: int, stop: int) -> list[Receipt]:
     """The receipts of the blocks that hold tokens [start, stop)."""
-    keys = [receipt_key(block) for block in range(start // grid.block_tokens, (stop - 1) // grid.block_tokens + 1)]
+    blocks = range(start // grid.block_tokens, (stop - 1) // grid.block_tokens + 1)
+    keys = [receipt_key(block, grid.records) for block in blocks]
     return [Receipt.from_bytes(bytes(store.get(key)), str(store.location.child(key))) for key in keys]
 
 

@@ -27,12 +27,11 @@ LABELS = 6
 
 
 @dataclass(frozen=True)
-class Resolved:
-    """A plan, and the local files that it stands for."""
+class Chosen:
+    """A plan, and the model's files that it stands for."""
 
     plan: Plan
     checkpoint: Checkpoint
-    corpus: Corpus
     studied: Studied
 
     def check_model(self) -> None:
@@ -43,6 +42,13 @@ class Resolved:
         """
         if self.checkpoint.identity() != self.plan.spec.model:
             raise InvalidInput(f"{self.checkpoint.folder}: a file changed since the build began; run the command again")
+
+
+@dataclass(frozen=True)
+class Resolved(Chosen):
+    """A plan, and all local files that it stands for."""
+
+    corpus: Corpus
 
     def check_tokenizer(self) -> None:
         """Check that the tokenizer's files are still those of the plan.
@@ -88,7 +94,7 @@ def resolve(spec: Spec) -> Resolved:
         max_tokens=spec.max_tokens,
         sites=sites,
         outputs=spec.outputs,
-        quantize=_quantisation(spec),
+        quantize=quantisation(spec),
         head=spec.head,
         stored_dtype=stored_dtype,
         execution=Execution(compute_dtype=compute_dtype, attention=anatomy.attention, batch_size=batch_size),
@@ -110,8 +116,8 @@ def resolve(spec: Spec) -> Resolved:
         batches=BatchRule(size=batch_size),
         sources=corpus.sources,
     )
-    _check_layout(plan)
-    return Resolved(plan, checkpoint, corpus, studied)
+    check_layout(plan)
+    return Resolved(plan, checkpoint, studied, corpus)
 
 
 def layout_of(spec: Spec, shape: ModelShape, context: int, stored_dtype: str) -> Layout:
@@ -135,8 +141,12 @@ def layout_of(spec: Spec, shape: ModelShape, context: int, stored_dtype: str) ->
     return Layout(block_tokens=block, chunk_tokens=chunk)
 
 
-def _check_layout(plan: Plan) -> None:
-    """Refuse, before anything is stored, a layout that no reader would accept."""
+def check_layout(plan: Plan) -> None:
+    """Check, before anything is stored, that readers will accept the layout.
+
+    Raises:
+        InvalidInput: an array's shards or chunks are beyond all bounds.
+    """
     try:
         names = [layout.name for layout in Grid(plan, 1, 1, 1).block_arrays()]
     except InvalidInput as error:
@@ -145,7 +155,12 @@ def _check_layout(plan: Plan) -> None:
         raise InvalidInput(f"two arrays would be called {twice[0]!r}; leave one of these sites out")
 
 
-def _quantisation(spec: Spec) -> Quantisation | None:
+def quantisation(spec: Spec) -> Quantisation | None:
+    """In which kinds a spec stores its sites quantised.
+
+    Raises:
+        InvalidInput: what it asks for contradicts itself.
+    """
     if spec.only_quantized and not spec.quantize:
         raise InvalidInput(
             "--only-quantized leaves out the exact arrays: say with --quantize int8 or fp8 what to store"

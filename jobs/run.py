@@ -7,9 +7,13 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
+
+from actcache.cache.added import generation_of, seal_added
 from actcache.cache.publish import publish, publish_array, publish_document, publish_metadata
 from actcache.cache.reader import ArrayReader
-from actcache.cache.seal import ENVIRONMENTS, NOT_REPLAYED, Sealed, head_layout, seal
+from actcache.cache.roots import newest_root
+from actcache.cache.seal import NOT_REPLAYED, Sealed, environments_of, head_layout, seal
 from actcache.cache.store import Store
 from actcache.jobs.batches import recomputed_fraction
 from actcache.jobs.blocks import BlockRunner
@@ -22,14 +26,14 @@ from actcache.jobs.pool import BoundedPool
 from actcache.jobs.progress import Progress, Reporter
 from actcache.jobs.proof import prove
 from actcache.jobs.replay import replay
-from actcache.jobs.resolve import Resolved
+from actcache.jobs.resolve import Chosen, Resolved
 from actcache.jobs.tokenise import load_tokenizer, tokenise
 from actcache.schemas.array import head_group
 from actcache.schemas.canonical import canonical, sha256
 from actcache.schemas.errors import NotFound
 from actcache.schemas.grid import Grid
 from actcache.schemas.plan import StoredObject
-from actcache.schemas.receipt import HEAD_RECEIPT, RECEIPTS, HeadArray, HeadReceipt, Receipt, receipt_key
+from actcache.schemas.receipt import HEAD_RECEIPT, HeadArray, HeadReceipt, Receipt, receipt_key, receipts_of
 from actcache.schemas.root import ROOT_KEY
 
 RECOMPUTED_WARNING = 0.03
@@ -66,47 +70,82 @@ def run_plan(store: Store, resolved: Resolved, reporter: Reporter, tokenise_only
             lambda count: reporter.progress(Progress("tokenise", count)),
         )
         grid = Grid.of(plan, tokens)
-        sequence_start = ArrayReader(store, grid.token_arrays()["sequence_start"]).read()
-        recomputed = recomputed_fraction(sequence_start, grid.n_tokens, grid.block_tokens)
         if tokenise_only:
-            return Outcome(None, 0, 0, recomputed)
-        if recomputed > RECOMPUTED_WARNING:
-            reporter.note(
-                f"{recomputed:.1%} more tokens are run than stored, since sequences cross blocks of {grid.block_tokens} tokens; "
-                "larger blocks (--block-tokens) cost less"
-            )
-        parts = loaded_parts(resolved)
-        runner = BlockRunner(store, grid, parts, sequence_start, pool)
-        for layout in grid.block_arrays():
-            publish_metadata(store, layout)
-        _prepare(store, grid, parts, runner, pool)
-        blocks = _Blocks(store, grid, runner, reporter)
-        blocks.run()
-        if store.get_or_none(ROOT_KEY) is None:
-            reporter.progress(replace(blocks.state, stage="replay"))
-            result = replay(store, grid, parts, sequence_start)
-        else:
-            result = NOT_REPLAYED
-        reporter.progress(replace(blocks.state, stage="seal"))
-        return Outcome(seal(store, pool, result, began), blocks.count, blocks.state.bytes_written, recomputed)
+            return Outcome(None, 0, 0, _recomputed(grid, _sequence_start(store, grid)))
+        return _capture(store, grid, resolved, reporter, pool, began)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def loaded_parts(resolved: Resolved) -> ModelParts:
+@deterministic()
+def run_added(store: Store, grid: Grid, chosen: Chosen, reporter: Reporter) -> Outcome:
+    """Carry out an added build that has claimed its names, from wherever it stands. The tokens are there.
+
+    Raises:
+        ActcacheError: whatever stops it; running again resumes.
+    """
+    began = datetime.now(UTC)
+    pool = BoundedPool()
+    try:
+        return _capture(store, grid, chosen, reporter, pool, began)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _capture(
+    store: Store, grid: Grid, chosen: Chosen, reporter: Reporter, pool: BoundedPool, began: datetime
+) -> Outcome:
+    """Run the blocks of a grid, replay and seal."""
+    sequence_start = _sequence_start(store, grid)
+    recomputed = _recomputed(grid, sequence_start)
+    if recomputed > RECOMPUTED_WARNING:
+        reporter.note(
+            f"{recomputed:.1%} more tokens are run than stored, since sequences cross blocks of {grid.block_tokens} tokens; "
+            "larger blocks (--block-tokens) cost less"
+        )
+    parts = loaded_parts(chosen)
+    runner = BlockRunner(store, grid, parts, sequence_start, pool)
+    for layout in grid.block_arrays():
+        publish_metadata(store, layout)
+    _prepare(store, grid, parts, runner, pool)
+    blocks = _Blocks(store, grid, runner, reporter)
+    blocks.run()
+    result = NOT_REPLAYED
+    if not _is_sealed(store, grid):
+        reporter.progress(replace(blocks.state, stage="replay"))
+        result = replay(store, grid, parts, sequence_start)
+    reporter.progress(replace(blocks.state, stage="seal"))
+    sealed = seal_added(store, pool, grid, result, began) if grid.number else seal(store, pool, result, began)
+    return Outcome(sealed, blocks.count, blocks.state.bytes_written, recomputed)
+
+
+def _sequence_start(store: Store, grid: Grid) -> np.ndarray:
+    return ArrayReader(store, grid.token_arrays()["sequence_start"]).read()
+
+
+def _recomputed(grid: Grid, sequence_start: np.ndarray) -> float:
+    return recomputed_fraction(sequence_start, grid.n_tokens, grid.block_tokens)
+
+
+def _is_sealed(store: Store, grid: Grid) -> bool:
+    """Whether another build sealed the same meanwhile."""
+    if grid.number == 0:
+        return store.get_or_none(ROOT_KEY) is not None
+    return generation_of(newest_root(store).attributes, grid.plan.key) is not None
+
+
+def loaded_parts(chosen: Chosen) -> ModelParts:
     """The model of a plan, loaded.
 
     Raises:
         InvalidInput: it cannot be loaded, or its files are no longer those of the plan.
     """
-    spec, model = resolved.plan.spec, resolved.studied.model
+    spec, model = chosen.plan.spec, chosen.studied.model
     if model is None:
         execution = spec.execution
-        model, _ = load_model(
-            resolved.checkpoint.folder, spec.model.family, execution.compute_dtype, execution.attention
-        )
-    resolved.check_model()
-    return ModelParts(model, resolved.studied.anatomy)
+        model, _ = load_model(chosen.checkpoint.folder, spec.model.family, execution.compute_dtype, execution.attention)
+    chosen.check_model()
+    return ModelParts(model, chosen.studied.anatomy)
 
 
 def _tokenizer(resolved: Resolved) -> Any:
@@ -121,7 +160,7 @@ def _prepare(store: Store, grid: Grid, parts: ModelParts, runner: BlockRunner, p
     first = runner.batches(*grid.block_range(0))[0]
     proof = prove(parts, first.input_ids, first.attention_mask, spec.execution.compute_dtype)
     record = canonical(environment(parts, spec, proof))
-    publish(store, f"{ENVIRONMENTS}{sha256(record)}.json", record)
+    publish(store, f"{environments_of(grid.records)}{sha256(record)}.json", record)
     if not spec.head or store.get_or_none(HEAD_RECEIPT) is not None:
         return
     head = head_parts(parts)
@@ -144,8 +183,8 @@ class _Blocks:
         self._grid = grid
         self._runner = runner
         self._reporter = reporter
-        done = set(store.list(RECEIPTS))
-        self._pending = [block for block in range(grid.n_blocks) if receipt_key(block) not in done]
+        done = set(store.list(receipts_of(grid.records)))
+        self._pending = [block for block in range(grid.n_blocks) if receipt_key(block, grid.records) not in done]
         before = grid.n_tokens - sum(self._length(block) for block in self._pending)
         self._storing: Future[Receipt] | None = None
         self.count = 0
@@ -174,7 +213,7 @@ class _Blocks:
 
     def _done_by_another(self, block: int) -> bool:
         try:
-            self._store.size(receipt_key(block))
+            self._store.size(receipt_key(block, self._grid.records))
         except NotFound:
             return False
         self._reporter.note(f"block {block} was finished by another build at the same URL")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from typing import Any
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def canonical(document: Any) -> bytes:
@@ -15,6 +18,11 @@ def canonical(document: Any) -> bytes:
     """
     text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return text.encode("utf-8")
+
+
+def is_sha256(text: object) -> bool:
+    """Whether something is 64 hexadecimal digits, and so harmless in a key."""
+    return isinstance(text, str) and _SHA256.fullmatch(text) is not None
 
 
 def sha256(data: bytes | bytearray | memoryview) -> str:

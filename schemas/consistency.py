@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from actcache.schemas.array import ArrayLayout
+from actcache.schemas.canonical import is_sha256
 from actcache.schemas.dtypes import ACTIVATION_DTYPES
 from actcache.schemas.grid import token_layouts
 from actcache.schemas.outputs import output_shapes
@@ -20,14 +21,15 @@ def inconsistency(root: RootAttributes, layouts: Mapping[str, ArrayLayout]) -> s
     counts = (root.n_tokens, root.n_sequences, root.n_documents, root.d_model)
     if not all(1 <= count <= MAX_COUNT for count in counts):
         return "a count is not a whole positive number in bounds"
-    if not root.generations or not root.captured:
-        return "no generation or no site; the dataset was not sealed by actcache"
+    if not root.generations or not all(generation.captured for generation in root.generations):
+        return "no generation, or one of no site; the dataset was not sealed by actcache"
     if len(set(root.captured)) != len(root.captured):
         return "a site is named twice"
     return next(_problems(root, layouts), None)
 
 
 def _problems(root: RootAttributes, layouts: Mapping[str, ArrayLayout]) -> Iterator[str]:
+    yield from _of_generations(root)
     for name, wanted in token_layouts(root.n_tokens, root.n_sequences, root.n_documents).items():
         yield from _differs(name, layouts, wanted.shape, (wanted.dtype,))
     stream = set(residual_stream(min(root.generations[0].provenance.model.n_layers, len(root.captured))))
@@ -43,13 +45,25 @@ def _problems(root: RootAttributes, layouts: Mapping[str, ArrayLayout]) -> Itera
     yield from quantised_problems(root.arrays, layouts, root.n_tokens, widths)
     for name, role in root.arrays.items():
         if role.role == "norm":
-            if not 0 <= role.generation < len(root.generations):
-                yield f"array {name!r} belongs to generation {role.generation}, which there is not"
-                return
             sites = root.generations[role.generation].captured
             yield from _differs(name, layouts, (root.n_tokens, len(sites)), ("float32",))
     for name, shape, dtype in output_shapes(layouts, root.n_tokens):
         yield from _differs(name, layouts, shape, (dtype,))
+
+
+def _of_generations(root: RootAttributes) -> Iterator[str]:
+    """What is wrong with the hashes that become keys, and with what arrays say of their generation."""
+    for number, generation in enumerate(root.generations):
+        if not is_sha256(generation.key) or not is_sha256(generation.manifest):
+            yield f"key or manifest of generation {number} is no SHA-256"
+    if len({generation.key for generation in root.generations}) != len(root.generations):
+        yield "two generations have the same key"
+    for name, role in root.arrays.items():
+        if not 0 <= role.generation < len(root.generations):
+            yield f"array {name!r} belongs to generation {role.generation}, which there is not"
+    norms = sorted(role.generation for role in root.arrays.values() if role.role == "norm")
+    if norms != list(range(len(root.generations))):
+        yield "there is not one array of norms for each generation"
 
 
 def _differs(

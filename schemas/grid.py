@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from actcache.schemas.array import ArrayLayout, piece
 from actcache.schemas.outputs import output_layouts
-from actcache.schemas.plan import Plan, TokensRecord
+from actcache.schemas.plan import RECORDS, Plan, TokensRecord, added_records
 from actcache.schemas.quantised import quantised_layouts
 
 TOKEN_SHARD_ROWS = 1 << 22
 TOKEN_CHUNK_ROWS = 1 << 14
 SMALL_SHARD_BYTES = 64 << 20
-NORM = "norm/0"
+NORMS = "norm/"
 TOKEN_DTYPES = {
     "token_id": "int32",
     "position": "int32",
@@ -38,17 +38,26 @@ _MEANING = {
 
 @dataclass(frozen=True)
 class Grid:
-    """The arrays of a build whose tokens are counted."""
+    """The arrays of a build whose tokens are counted.
+
+    `number` is that of the build's array of norms: 0 is the first build's, an added build claims the next that is free.
+    """
 
     plan: Plan
     n_tokens: int
     n_sequences: int
     n_documents: int
+    number: int = 0
 
     @classmethod
-    def of(cls, plan: Plan, tokens: TokensRecord) -> Grid:
+    def of(cls, plan: Plan, tokens: TokensRecord, number: int = 0) -> Grid:
         """The grid of a plan and its tokens."""
-        return cls(plan, tokens.n_tokens, tokens.n_sequences, tokens.n_documents)
+        return cls(plan, tokens.n_tokens, tokens.n_sequences, tokens.n_documents, number)
+
+    @property
+    def records(self) -> str:
+        """Folder of the build's records."""
+        return added_records(self.plan.key) if self.number else RECORDS
 
     @property
     def block_tokens(self) -> int:
@@ -82,17 +91,18 @@ class Grid:
 
     @property
     def norm(self) -> ArrayLayout:
-        """L2 norms, (token, site)."""
+        """L2 norms, (token, site). That of an added build names the build, and so is its claim to all that it adds."""
         layout, sites = self.plan.spec.layout, self.plan.spec.sites
         vector = "stored vector" if self.exact_sites else "vector before it was quantised"
+        claim = {"build": self.plan.key, "arrays": [*self.quantised, *self.outputs]} if self.number else {}
         return ArrayLayout(
-            NORM,
+            f"{NORMS}{self.number}",
             (self.n_tokens, len(sites)),
             "float32",
             layout.block_tokens,
             piece(layout.block_tokens, TOKEN_CHUNK_ROWS),
             ("token", "site"),
-            {"sites": list(sites), "meaning": f"L2 norm of the {vector}"},
+            {"sites": list(sites), "meaning": f"L2 norm of the {vector}", **claim},
         )
 
     @property

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from actcache.schemas.canonical import sha256
 from actcache.schemas.errors import Corrupt
-from actcache.schemas.plan import StoredObject
+from actcache.schemas.plan import RECORDS, StoredObject
 from actcache.schemas.record import first_problem
 
 MAX_MANIFEST_BYTES = 4 << 30
@@ -21,18 +21,18 @@ def manifest_bytes(objects: Iterable[StoredObject]) -> bytes:
     return b"".join(entry.to_bytes() + b"\n" for entry in sorted(objects, key=lambda entry: entry.key))
 
 
-def manifest_key(manifest_sha256: str) -> str:
-    """Key of a manifest, named by the hash of its bytes."""
-    return f".actcache/manifest-{manifest_sha256}.jsonl"
+def manifest_key(manifest_sha256: str, records: str = RECORDS) -> str:
+    """Key of a build's manifest, named by the hash of its bytes."""
+    return f"{records}manifest-{manifest_sha256}.jsonl"
 
 
-def parse_manifest(data: bytes, manifest_sha256: str) -> list[StoredObject]:
+def parse_manifest(data: bytes, manifest_sha256: str, records: str = RECORDS) -> list[StoredObject]:
     """Read a manifest.
 
     Raises:
         Corrupt: the bytes do not hash to the name, or a line is not an entry with a harmless key.
     """
-    where = manifest_key(manifest_sha256)
+    where = manifest_key(manifest_sha256, records)
     if sha256(data) != manifest_sha256:
         raise Corrupt(f"{where}: its bytes hash to {sha256(data)}; copy it again from where the dataset came")
     entries = []

@@ -10,8 +10,20 @@ from actcache.schemas.record import Record
 from actcache.schemas.spec import ResolvedSpec
 
 FORMAT = "1.0"
-PLAN_KEY = ".actcache/plan.json"
-TOKENS_KEY = ".actcache/tokens.json"
+RECORDS = ".actcache/"
+"""Folder of the records of a dataset's first build. Every added build has one of its own below it."""
+PLAN_KEY = f"{RECORDS}plan.json"
+TOKENS_KEY = f"{RECORDS}tokens.json"
+
+
+def added_records(key: str) -> str:
+    """Folder of the records of the added build of this key."""
+    return f"{RECORDS}{key}/"
+
+
+def plan_key(records: str = RECORDS) -> str:
+    """Key of a build's plan."""
+    return f"{records}plan.json"
 
 
 class ModelShape(Record):

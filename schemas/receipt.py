@@ -6,11 +6,11 @@ from typing import Any
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
-from actcache.schemas.plan import StoredObject
+from actcache.schemas.plan import RECORDS, StoredObject
 from actcache.schemas.quantised import BlockDamage
 from actcache.schemas.record import Record
 
-RECEIPTS = ".actcache/receipts/"
+RECEIPTS = f"{RECORDS}receipts/"
 HEAD_RECEIPT = RECEIPTS + "head.json"
 
 
@@ -53,11 +53,16 @@ class HeadArray(Record):
 HeadReceipt.model_rebuild()
 
 
-def receipt_key(block: int) -> str:
+def receipts_of(records: str) -> str:
+    """Folder of a build's receipts."""
+    return f"{records}receipts/"
+
+
+def receipt_key(block: int, records: str = RECORDS) -> str:
     """Key of a block's receipt."""
-    return f"{RECEIPTS}{block:06d}.json"
+    return f"{receipts_of(records)}{block:06d}.json"
 
 
-def statistics_key(block: int) -> str:
+def statistics_key(block: int, records: str = RECORDS) -> str:
     """Key of a block's statistics while building: per site the mean, then the sum of squared deviations, float64."""
-    return f".actcache/statistics/{block:06d}.f64"
+    return f"{records}statistics/{block:06d}.f64"

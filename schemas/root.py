@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from actcache.schemas.plan import Labels, ModelShape
+from actcache.schemas.order import model_order
+from actcache.schemas.plan import RECORDS, Labels, ModelShape, added_records
 from actcache.schemas.quantised import Damage
 from actcache.schemas.record import Record
 from actcache.schemas.spec import ResolvedSpec
 
 ROOT_KEY = "zarr.json"
+ROOTS = f"{RECORDS}roots/"
 MAX_ROOT_BYTES = 64 << 20
 
 
@@ -39,7 +41,10 @@ class Provenance(Record):
 
 
 class Generation(Record):
-    """The sites that one build added: `sites` with their values as they are, `only_quantised` in quantised form alone."""
+    """The sites that one build stored: the first build, then each added one, in the order of their seals.
+
+    `sites` with their values as they are, `only_quantised` in quantised form alone.
+    """
 
     key: str
     manifest: str
@@ -86,10 +91,19 @@ class RootAttributes(Record):
 
     @property
     def sites(self) -> list[str]:
-        """Every activation site, in model order within each generation."""
-        return [site for generation in self.generations for site in generation.sites]
+        """Every activation site whose values are stored as they are, in model order."""
+        return model_order([generation.sites for generation in self.generations])
 
     @property
     def captured(self) -> list[str]:
-        """Every site in any form, in model order within each generation."""
-        return [site for generation in self.generations for site in generation.captured]
+        """Every site in any form, in model order."""
+        return model_order([generation.captured for generation in self.generations])
+
+    def records(self, generation: int) -> str:
+        """Folder of the records of a generation's build."""
+        return RECORDS if generation == 0 else added_records(self.generations[generation].key)
+
+
+def root_key(number: int) -> str:
+    """Key under which the root of `number` generations is claimed; the first is `zarr.json` itself."""
+    return f"{ROOTS}{number:06d}.json"

@@ -39,7 +39,8 @@ class Spec(BaseModel):
     Attributes:
         model: a hub id, or a folder that `save_pretrained` wrote.
         revision: branch, tag or commit of a hub model.
-        corpus: text or `.jsonl[.gz|.zst]` files, globs or folders' globs, in the order to be read.
+        corpus: text or `.jsonl[.gz|.zst]` files, globs or folders' globs, in the order to be read. Only an added
+            build needs none.
         text_field: the field of a JSONL row that holds its text.
         context: the longest sequence, in tokens; longer documents are split. Default: 1024, or the model's own if shorter.
         sites: patterns of the sites to store, separated by spaces.
@@ -61,7 +62,7 @@ class Spec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     model: str
-    corpus: tuple[str, ...]
+    corpus: tuple[str, ...] = ()
     revision: str | None = None
     text_field: str = "text"
     context: int | None = Positive

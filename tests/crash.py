@@ -46,16 +46,17 @@ When = Literal["before", "after", "staging", "linked", "flight"]
 class Fault:
     """The operation of its store at which a child kills itself. Operations count from 0.
 
-    `before` and `after` are about the operation's effect. The others strike at the first object created from that
+    `before` and `after` are about the operation's effect. The others strike at the first object written from that
     operation on: `staging` (local) with half the bytes written, `linked` (local) when the object has its name but is not
     synced and its staging file is still there, `flight` while the PUT is under way, `delay` seconds after it was begun.
-    With `key`, only operations on keys that begin with it count.
+    With `key`, only operations on keys that begin with it count; with `writing`, only those that write.
     """
 
     when: When
     operation: int = 0
     key: str = ""
     delay: float = 0.0
+    writing: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,11 @@ class Outcome:
 class Child:
     """A process that is ready to build and waits for `go`."""
 
-    def __init__(self, spec: Spec, url: str, fault: Fault | None = None) -> None:
+    def __init__(self, spec: Spec, url: str, fault: Fault | None = None, add_sites: str | None = None) -> None:
         _context.set_forkserver_preload(PRELOAD)
         self._connection, theirs = _context.Pipe()
         # The environment is the parent's of now, not that of the server's start.
-        arguments = (theirs, spec, url, dict(os.environ), fault)
+        arguments = (theirs, spec, url, dict(os.environ), fault, add_sites)
         self.process = _context.Process(target=_child, args=arguments, daemon=True)
         self.process.start()
         theirs.close()
@@ -124,12 +125,19 @@ def small_spec(folder: Path) -> Spec:
     return Spec(model=str(model), corpus=(corpus,), context=CONTEXT, block_tokens=BLOCK)
 
 
-def run(spec: Spec, url: str, fault: Fault | None = None) -> Outcome:
+def run(spec: Spec, url: str, fault: Fault | None = None, add_sites: str | None = None) -> Outcome:
     """Build in a child, to its end."""
-    return Child(spec, url, fault).go().wait()
+    return Child(spec, url, fault, add_sites).go().wait()
 
 
-def _child(connection: Connection, spec: Spec, url: str, environment: dict[str, str], fault: Fault | None) -> None:
+def _child(
+    connection: Connection,
+    spec: Spec,
+    url: str,
+    environment: dict[str, str],
+    fault: Fault | None,
+    add_sites: str | None,
+) -> None:
     import torch
 
     from actcache.jobs import build as module
@@ -149,7 +157,7 @@ def _child(connection: Connection, spec: Spec, url: str, environment: dict[str, 
     began = time.monotonic()
     result, error = None, None
     try:
-        result = module.build(spec, url)
+        result = module.build(spec, url, add_sites=add_sites)
     except Exception as problem:
         error = problem
     seconds = time.monotonic() - began
@@ -183,7 +191,7 @@ class FaultyStore(Store):
         return self._do(key, lambda: self._store.put_new(key, data), creates=True)
 
     def replace(self, key: str, data: bytes) -> None:
-        self._do(key, lambda: self._store.replace(key, data))
+        self._do(key, lambda: self._store.replace(key, data), creates=True)
 
     def delete(self, key: str) -> None:
         self._do(key, lambda: self._store.delete(key))
@@ -201,7 +209,7 @@ class FaultyStore(Store):
         fault, number = self._fault, -1
         with self._lock:
             self.operations += 1
-            if fault is not None and key.startswith(fault.key):
+            if fault is not None and key.startswith(fault.key) and (creates or not fault.writing):
                 number = self._counted
                 self._counted += 1
         if fault is None or number < fault.operation:

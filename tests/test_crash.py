@@ -25,13 +25,14 @@ from actcache.schemas.canonical import canonical
 from actcache.schemas.plan import PLAN_KEY, TOKENS_KEY
 from actcache.schemas.spec import Spec
 
-from .crash import Child, Fault, Outcome, run, small_spec
+from .crash import Child, Fault, Outcome, When, run, small_spec
 
 SEED = int(os.environ.get("ACTCACHE_TEST_SEED", "0"))
 KILLS = [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
 """How often each build is killed before it may finish: 30 moments in all."""
 TRIES = 10
 LEASE = f"{LEASES}tokenise.json"
+MORE = "blocks.0.hook_attn_out blocks.1.hook_mlp_out"
 
 Undisturbed = Callable[[str, str], Outcome]
 
@@ -94,6 +95,16 @@ def check_finished(url: str, outcome: Outcome, manifest: str) -> None:
     assert report.unexpected == []
 
 
+def check_grown(url: str, outcome: Outcome, manifests: list[str]) -> None:
+    """The added build ended well, the dataset has these generations, and nothing is left that only a build needs."""
+    assert outcome.error is None
+    assert outcome.result is not None, "killed by something else"
+    assert outcome.result.manifest == manifests[1]
+    assert [generation.manifest for generation in actcache.open(url).generations] == manifests
+    report = actcache.verify(url, full=True)
+    assert (report.problems, report.unexpected, report.unfinished) == ([], [], [])
+
+
 def check_killed(url: str, store: Store, manifest: str) -> None:
     """Before the seal nobody sees a dataset, after it a whole one."""
     begun = store.get_or_none(PLAN_KEY) is not None  # asked first: on S3 a dead writer's last PUT may still take effect
@@ -146,6 +157,60 @@ def test_a_killed_build_resumes_to_the_same_manifest(place: Place, spec: Spec, m
         if rest is not None:
             return
     pytest.fail(f"{TRIES} builds finished before they could be killed {KILLS[number]} times")
+
+
+@pytest.fixture(scope="session")
+def more(spec: Spec) -> Spec:
+    return Spec(model=spec.model)
+
+
+@pytest.fixture(scope="session")
+def grown(spec: Spec, more: Spec, manifest: str, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """An added build that nothing disturbs."""
+    url = str(tmp_path_factory.mktemp("grown") / "ds")
+    run(spec, url)
+    return run(more, url, add_sites=MORE)
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_a_killed_added_build_leaves_the_dataset_whole_and_resumes(
+    place: Place, spec: Spec, more: Spec, manifest: str, grown: Outcome, number: int
+) -> None:
+    """Killed at three operations of its store, the last time near its end, where it claims and writes the root."""
+    seed = SEED * 6 + number
+    rng = random.Random(seed)
+    url = place.child(number)
+    run(spec, url)
+    print(f"seed {seed}, {url}")
+    manifests = [manifest, grown.result.manifest]
+    ways = ["before", "after", "staging", "linked"] if place.kind == "local" else ["before", "after", "flight"]
+    for low, high in ((0.0, 0.4), (0.4, 0.8), (0.0, 0.4)):
+        fault = Fault(rng.choice(ways), int(rng.uniform(low, high) * grown.operations), delay=rng.uniform(0, 0.01))
+        outcome = run(more, url, fault, add_sites=MORE)
+        print(f"  {fault}, of {grown.operations} operations, killed: {outcome.killed}")
+        assert outcome.error is None
+        found = [generation.manifest for generation in actcache.open(url).generations]
+        assert found == manifests[: len(found)]
+        report = actcache.verify(url, full=True)
+        assert (report.problems, report.unexpected) == ([], [])
+    check_grown(url, run(more, url, add_sites=MORE), manifests)
+
+
+@pytest.mark.parametrize("key", [".actcache/roots/", "zarr.json"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_added_build_that_is_killed_at_its_root(
+    place: Place, spec: Spec, more: Spec, manifest: str, grown: Outcome, key: str, when: When
+) -> None:
+    """Before and after the next root is claimed, and before and after it is written over the one in place."""
+    url = place.child("root")
+    run(spec, url)
+    manifests = [manifest, grown.result.manifest]
+    assert run(more, url, Fault(when, key=key, writing=True), add_sites=MORE).killed
+    manifests_now = [generation.manifest for generation in actcache.open(url).generations]
+    assert manifests_now == (manifests if (key, when) == ("zarr.json", "after") else manifests[:1])
+    report = actcache.verify(url, full=True)
+    assert (report.problems, report.unexpected) == ([], [])
+    check_grown(url, run(more, url, add_sites=MORE), manifests)
 
 
 @pytest.mark.parametrize("number", range(3))

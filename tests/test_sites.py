@@ -74,3 +74,20 @@ def test_modules_are_chosen_by_their_prefix_alone():
     ]
     with pytest.raises(InvalidInput, match=r"close: module:h\.1\.mlp\.act"):
         expand("module:h.1.mlp.acts", available, 3, modules)
+
+
+def test_sites_of_several_builds_stand_in_model_order():
+    from actcache.schemas.order import model_order
+
+    first = ["blocks.0.hook_resid_pre", "blocks.0.hook_resid_post", "blocks.10.hook_resid_post"]
+    second = ["blocks.0.hook_attn_out", "blocks.2.hook_mlp_out", "ln_final.hook_normalized", "module:a"]
+    third = ["blocks.0.hook_mlp_out", "blocks.1.hook_later", "later", "blocks.10.hook_resid_mid"]
+    assert model_order([first]) == first
+    assert model_order([first, second, third]) == [
+        "blocks.0.hook_resid_pre", "blocks.0.hook_attn_out", "blocks.0.hook_mlp_out", "blocks.0.hook_resid_post",
+        "blocks.1.hook_later", "later", "blocks.2.hook_mlp_out", "blocks.10.hook_resid_mid", "blocks.10.hook_resid_post",
+        "ln_final.hook_normalized", "module:a",
+    ]  # fmt: skip
+    odd = ["x", "blocks.3.hook_mlp_out", "blocks.1.hook_mlp_out", "blocks.99999999999999999999.y"]
+    assert model_order([odd]) == odd
+    assert model_order([odd, ["blocks.2.hook_mlp_out"]])[:2] == ["x", "blocks.2.hook_mlp_out"]

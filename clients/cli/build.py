@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from actcache.cache.added import seal_finished
 from actcache.cache.seal import seal
 from actcache.cache.store import open_store
 from actcache.clients.cli.common import print_json, writing_options
@@ -82,6 +83,9 @@ class ManyCorpora(click.Command):
     "--sites", metavar="PATTERN", help="What to store: 'resid', 'all', or globs of site names.  [default: resid]"
 )
 @click.option(
+    "--add-sites", metavar="PATTERN", help="Add these sites to the sealed dataset at URL; needs --model, no --corpus."
+)
+@click.option(
     "--dtype", type=click.Choice(["auto", *ACTIVATION_DTYPES]), help="Stored dtype.  [default: auto, as computed]"
 )
 @click.option(
@@ -119,6 +123,7 @@ class ManyCorpora(click.Command):
 @writing_options
 def build_command(
     target: tuple[str, ...],
+    add_sites: str | None,
     stage: str,
     endpoint_url: str | None,
     profile: str | None,
@@ -135,6 +140,7 @@ def build_command(
     \b
     actcache build s3://lab/gpt2-owt --model openai-community/gpt2 --corpus 'owt/*.jsonl.zst' --dtype bfloat16
     actcache build spec.toml ./gpt2-owt.zarr
+    actcache build ./gpt2-owt.zarr --model openai-community/gpt2 --add-sites 'blocks.*.hook_attn_out'
     """
     if len(target) > 2 or (len(target) == 2 and not target[0].endswith(".toml")):
         raise click.UsageError(f"one URL, with a SPEC.toml before it or not; got: {' '.join(target)}")
@@ -145,12 +151,22 @@ def build_command(
     given |= {"corpus": corpus} if corpus else {}
     given |= {"outputs": outputs} if outputs else {}
     given |= {"quantize": quantize} if quantize else {}
-    for name in ("model", "corpus"):
+    if add_sites is not None and "sites" in given:
+        raise click.UsageError("--sites is for a dataset's first build; give --add-sites alone to add to a sealed one")
+    for name in ("model", "corpus") if add_sites is None else ("model",):
         if name not in fields | given:
             raise click.UsageError(f"no {name}: give --{name}, or a SPEC.toml that has it")
     spec = Spec(**(fields | given))
     with reporter() as show:
-        result = build(spec, target[-1], endpoint_url=endpoint_url, profile=profile, stage=stage, reporter=show)
+        result = build(
+            spec,
+            target[-1],
+            add_sites=add_sites,
+            endpoint_url=endpoint_url,
+            profile=profile,
+            stage=stage,
+            reporter=show,
+        )
     if as_json:
         print_json(result)
     else:
@@ -161,6 +177,7 @@ def _said(result: BuildResult) -> str:
     if result.state == "tokenised":
         return f"{result.url}: tokens stored; run the same command without --stage to go on"
     size = f"{result.n_tokens:,} tokens × {len(result.sites)} sites"
+    size += f", {len(result.added)} of them added" if result.added else ""
     told = {
         "built": f"sealed: {size}",
         "already sealed": f"already sealed: {size}; nothing to do",
@@ -173,7 +190,7 @@ def _said(result: BuildResult) -> str:
 @click.argument("url")
 @writing_options
 def seal_command(url: str, endpoint_url: str | None, profile: str | None, as_json: bool) -> None:
-    """Seal a build whose blocks are all stored, without the model at hand.
+    """Seal a build whose blocks are all stored, the first or added ones, without the model at hand.
 
     `actcache build` seals by itself. Sealed this way, the provenance records that no sequence was replayed.
 
@@ -183,9 +200,16 @@ def seal_command(url: str, endpoint_url: str | None, profile: str | None, as_jso
     store = open_store(url, endpoint_url=endpoint_url, profile=profile)
     with ThreadPoolExecutor() as pool:
         sealed = seal(store, pool)
+        added, unfinished = seal_finished(store, pool)
     generation = sealed.root.attributes.generations[0]
     state = "sealed" if sealed.by_us else "already sealed"
     if as_json:
-        print_json({"url": store.location.url, "state": state, "key": generation.key, "manifest": generation.manifest})
+        parts = [{"key": part.key, "manifest": part.manifest, "sites": part.sites} for part in added]
+        document = {"url": store.location.url, "state": state, "key": generation.key, "manifest": generation.manifest}
+        print_json({**document, "added": parts})
     else:
         click.echo(f"{store.location.url}: {state}\nmanifest {generation.manifest}")
+        for part in added:
+            click.echo(f"added {len(part.sites)} sites: sealed\nmanifest {part.manifest}")
+    if unfinished:
+        raise unfinished[0]

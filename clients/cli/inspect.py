@@ -15,6 +15,7 @@ from actcache.clients.dataset import Dataset
 from actcache.clients.opening import catalog, verify
 from actcache.clients.opening import open as open_dataset
 from actcache.clients.summary import printable
+from actcache.schemas.root import Provenance
 
 
 @click.command("info")
@@ -39,17 +40,32 @@ def info_command(url: str, endpoint_url: str | None, profile: str | None, anonym
 
 
 def _origin(ds: Dataset) -> dict[str, str]:
-    provenance = ds.provenance
-    labels, replay, spec = provenance.labels, provenance.replay, provenance.spec
+    labels = ds.provenance.labels
+    licences = f"model {labels.model_license or 'not stated'}, corpus {labels.corpus_license or 'not stated'}"
+    facts = {"manifest": ds.manifest, "licences": licences, **_course(ds.provenance)}
+    for number, generation in enumerate(ds.generations[1:], 1):
+        sites, spec = generation.sites, generation.provenance.spec
+        added = {
+            "sites": f"{len(sites)}: {' '.join(sites if len(sites) < 4 else (sites[0], '…', sites[-1]))}",
+            "key": generation.key,
+            "manifest": generation.manifest,
+            "dtype": f"{spec.stored_dtype} (computed in {spec.execution.compute_dtype})",
+            **_course(generation.provenance),
+        }
+        facts |= {f"added build {number}: {name}": value for name, value in added.items()}
+    return facts
+
+
+def _course(provenance: Provenance) -> dict[str, str]:
+    """How a build went."""
+    replay, layout = provenance.replay, provenance.spec.layout
     devices = sorted({str(environment.get("device")) for environment in provenance.environments})
     said = f"{replay.status}"
     if replay.largest_relative_error is not None:
         said = f"{len(replay.sequences)} sequences, largest relative error {replay.largest_relative_error:.2g}"
     mixed = [name for name in ("mixed_environments", "mixed_attempts") if getattr(provenance, name)]
     return {
-        "manifest": ds.manifest,
-        "layout": f"blocks of {spec.layout.block_tokens:,} tokens, chunks of {spec.layout.chunk_tokens:,}",
-        "licences": f"model {labels.model_license or 'not stated'}, corpus {labels.corpus_license or 'not stated'}",
+        "layout": f"blocks of {layout.block_tokens:,} tokens, chunks of {layout.chunk_tokens:,}",
         "built": f"{provenance.began or '?'} to {provenance.sealed} by actcache {provenance.software.get('actcache')}",
         "device": ", ".join(devices) or "not recorded",
         "replay": said,
@@ -87,6 +103,7 @@ def _document(ds: Dataset) -> dict[str, Any]:
         "n_documents": ds.n_documents,
         "d_model": ds.d_model,
         "dtype": ds.dtype,
+        "dtypes": ds.dtypes,
         "sites": ds.sites,
         "quantised": {
             site: {kind: damage.document() if (damage := ds.damage(site, kind)) else None for kind in kinds}
@@ -94,6 +111,7 @@ def _document(ds: Dataset) -> dict[str, Any]:
         },
         "raw_bytes": ds.raw_bytes,
         "provenance": ds.provenance.document(),
+        "generations": [generation.document() for generation in ds.generations],
     }
 
 
@@ -118,6 +136,8 @@ def verify_command(
     else:
         for key in report.unexpected:
             click.echo(printable(f"unexpected  {key}: in no manifest"))
+        for work in report.unfinished:
+            click.echo(printable(f"unfinished  {work.what}"))
         for problem in report.problems:
             click.echo(printable(f"bad  {problem.key}: {problem.what}"))
         how = "sha256 of every object" if full else "keys and sizes; --full recomputes every sha256"
