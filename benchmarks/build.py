@@ -15,8 +15,9 @@ import torch
 from actcache.cache.publish import publish, publish_metadata
 from actcache.cache.reader import ArrayReader
 from actcache.cache.store import Store, open_store
-from actcache.jobs.batches import Batch
+from actcache.jobs.batches import TokenBatch
 from actcache.jobs.blocks import BlockRunner
+from actcache.jobs.feeds import TokenFeed
 from actcache.jobs.parts import ModelParts
 from actcache.jobs.pool import BoundedPool
 from actcache.jobs.progress import Silent
@@ -67,7 +68,7 @@ def _times(seconds: float, resolved: Resolved, parts: ModelParts, stores: Iterat
     batches = [
         batch
         for block in range(prepared.grid.n_blocks)
-        for batch in prepared.runner.batches(*prepared.grid.block_range(block))
+        for batch in prepared.feed.batches(*prepared.grid.block_range(block))
     ]
     prepared.close()
 
@@ -89,7 +90,7 @@ def _times(seconds: float, resolved: Resolved, parts: ModelParts, stores: Iterat
 
 
 @torch.inference_mode()
-def _forward(module: torch.nn.Module, batches: list[Batch]) -> None:
+def _forward(module: torch.nn.Module, batches: list[TokenBatch]) -> None:
     for batch in batches:
         module(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
 
@@ -100,6 +101,7 @@ class _Prepared:
 
     store: Store
     grid: Grid
+    feed: TokenFeed
     runner: BlockRunner
     pool: BoundedPool
 
@@ -118,7 +120,8 @@ def _prepare(store: Store, resolved: Resolved, parts: ModelParts) -> _Prepared:
     sequence_start = ArrayReader(store, grid.token_arrays()["sequence_start"]).read()
     for layout in grid.block_arrays():
         publish_metadata(store, layout)
-    return _Prepared(store, grid, BlockRunner(store, grid, parts, sequence_start, pool), pool)
+    feed = TokenFeed(store, grid, sequence_start, parts.device)
+    return _Prepared(store, grid, feed, BlockRunner(store, grid, parts, feed, pool), pool)
 
 
 def _stores(folder: Path) -> Iterator[Store]:

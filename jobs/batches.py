@@ -15,16 +15,22 @@ from actcache.schemas.plan import BatchRule
 class Batch:
     """Sequences run together.
 
-    `input_ids` and `attention_mask` are (sequence, position), int64; `keep` (sequence, position) marks the block's own
-    tokens, in the order of the token axis; `starts` is each sequence's first token on that axis.
+    `keep` (sequence, position) marks the block's own tokens, in the order of the token axis; `starts` is each sequence's
+    first token on that axis.
     """
 
     sequences: range
     starts: np.ndarray
     lengths: np.ndarray
+    keep: torch.Tensor
+
+
+@dataclass(frozen=True)
+class TokenBatch(Batch):
+    """Sequences of tokens: `input_ids` and `attention_mask` are (sequence, position), int64, padded on the right."""
+
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
-    keep: torch.Tensor
 
 
 def touching(sequence_start: np.ndarray, start: int, stop: int) -> range:
@@ -34,44 +40,32 @@ def touching(sequence_start: np.ndarray, start: int, stop: int) -> range:
     return range(first, last)
 
 
-def batches(
-    rule: BatchRule, sequence_start: np.ndarray, token_id: np.ndarray, offset: int, start: int, stop: int
-) -> Iterator[Batch]:
-    """The batches of the block [start, stop). `token_id[i]` is the token at `offset + i`."""
+def batches(rule: BatchRule, sequence_start: np.ndarray, start: int, stop: int) -> Iterator[Batch]:
+    """The batches of the block [start, stop); tokens outside it are run and not kept."""
     wanted = touching(sequence_start, start, stop)
     for first in range(wanted.start, wanted.stop, rule.size):
-        yield make_batch(
-            rule, sequence_start, token_id, offset, range(first, min(first + rule.size, wanted.stop)), start, stop
-        )
+        sequences = range(first, min(first + rule.size, wanted.stop))
+        starts = sequence_start[sequences.start : sequences.stop]
+        lengths = sequence_start[sequences.start + 1 : sequences.stop + 1] - starts
+        position = np.arange(int(lengths.max()))
+        token = starts[:, None] + position
+        keep = (position < lengths[:, None]) & (token >= start) & (token < stop)
+        yield Batch(sequences, starts, lengths, torch.from_numpy(keep))
 
 
-def make_batch(
-    rule: BatchRule,
-    sequence_start: np.ndarray,
-    token_id: np.ndarray,
-    offset: int,
-    sequences: range,
-    start: int,
-    stop: int,
-) -> Batch:
-    """Sequences as one batch, padded on the right to the longest; tokens outside [start, stop) are run and not kept."""
-    starts = sequence_start[sequences.start : sequences.stop]
-    lengths = sequence_start[sequences.start + 1 : sequences.stop + 1] - starts
-    shape = (len(sequences), int(lengths.max()))
-    ids = np.full(shape, rule.pad_token_id, np.int64)
-    for row, (begin, length) in enumerate(zip(starts, lengths, strict=True)):
+def with_tokens(batch: Batch, pad_token_id: int, token_id: np.ndarray, offset: int) -> TokenBatch:
+    """A batch with its tokens, padded on the right to the longest. `token_id[i]` is the token at `offset + i`."""
+    ids = np.full(tuple(batch.keep.shape), pad_token_id, np.int64)
+    for row, (begin, length) in enumerate(zip(batch.starts, batch.lengths, strict=True)):
         ids[row, :length] = token_id[begin - offset : begin - offset + length]
-    position = np.arange(shape[1])
-    mask = position < lengths[:, None]
-    token = starts[:, None] + position
-    keep = mask & (token >= start) & (token < stop)
-    return Batch(
-        sequences,
-        starts,
-        lengths,
+    mask = np.arange(ids.shape[1]) < batch.lengths[:, None]
+    return TokenBatch(
+        batch.sequences,
+        batch.starts,
+        batch.lengths,
+        batch.keep,
         torch.from_numpy(ids),
         torch.from_numpy(mask.astype(np.int64)),
-        torch.from_numpy(keep),
     )
 
 

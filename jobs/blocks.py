@@ -11,12 +11,12 @@ import torch
 
 from actcache.cache.head import Head
 from actcache.cache.publish import PublishedShard, publish, publish_shard
-from actcache.cache.reader import ArrayReader
 from actcache.cache.shards import ShardEncoder, encode_shard
 from actcache.cache.statistics import Moments, measure, pack, unpack
 from actcache.cache.store import Store
-from actcache.jobs.batches import Batch, batches, touching
+from actcache.jobs.batches import Batch, TokenBatch
 from actcache.jobs.capture import run
+from actcache.jobs.feeds import Feed
 from actcache.jobs.head import head_parts, to_numpy
 from actcache.jobs.outputs import OutputEncoder
 from actcache.jobs.parts import ModelParts
@@ -46,16 +46,15 @@ class Computed:
 
 
 class BlockRunner:
-    """Computes and stores the blocks of one build. `sequence_start` is (n_sequences + 1), int64."""
+    """Computes and stores the blocks of one build."""
 
-    def __init__(self, store: Store, grid: Grid, parts: ModelParts, sequence_start: np.ndarray, pool: Executor) -> None:
+    def __init__(self, store: Store, grid: Grid, parts: ModelParts, feed: Feed, pool: Executor) -> None:
         self._store = store
         self._grid = grid
         self._parts = parts
-        self._sequence_start = sequence_start
+        self._feed = feed
         self._pool = pool
         self._head = _numpy_head(parts) if grid.plan.spec.quantize and grid.plan.spec.head else None
-        self._token_id = ArrayReader(store, grid.token_arrays()["token_id"])
 
     def compute(self, block: int, tick: Callable[[int], None]) -> Computed:
         """Run the sequences that touch a block. `tick` is called with the tokens kept from each batch.
@@ -71,7 +70,7 @@ class BlockRunner:
         quantised = QuantisedEncoder(grid, start, stop, self._pool)
         computed = Computed(block, start, stop, encoders, {site: [] for site in sites}, outputs, quantised)
         reached = start
-        for batch in self.batches(start, stop):
+        for batch in self._feed.batches(start, stop):
             self._run(batch, computed, reached)
             kept = int(batch.keep.sum())
             reached += kept
@@ -80,18 +79,10 @@ class BlockRunner:
             quantised.drain()
         return computed
 
-    def batches(self, start: int, stop: int) -> list[Batch]:
-        """The batches of the tokens [start, stop)."""
-        wanted = touching(self._sequence_start, start, stop)
-        low, high = int(self._sequence_start[wanted.start]), int(self._sequence_start[wanted.stop])
-        tokens = self._token_id.read(low, high)
-        return list(batches(self._grid.plan.batches, self._sequence_start, tokens, low, start, stop))
-
     def _run(self, batch: Batch, computed: Computed, first_token: int) -> None:
         spec = self._grid.plan.spec
         stored = getattr(torch, spec.stored_dtype)
-        device = self._parts.device
-        keep = batch.keep.to(device)
+        keep = batch.keep.to(self._parts.device)
 
         def take(site: str, tensor: torch.Tensor) -> None:
             rows = tensor[keep]  # a copy, so that the model may reuse its own
@@ -103,8 +94,8 @@ class BlockRunner:
             computed.quantised.append(site, first_token, values if narrowed is None else to_numpy(rows))
 
         whole = bool(computed.outputs.names)
-        state = run(self._parts, batch.input_ids.to(device), batch.attention_mask.to(device), spec.sites, take, whole)
-        if state is not None and whole:
+        state = run(self._parts, self._feed.inputs(batch), spec.sites, take, whole)
+        if state is not None and isinstance(batch, TokenBatch) and whole:
             computed.outputs.append(self._parts, state, batch, first_token)
 
     def publish(self, computed: Computed) -> Receipt:

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from actcache.jobs.inputs import Inputs
 from actcache.jobs.parts import ModelParts, ModuleTap
-from actcache.jobs.trace import arguments, forward, vectors
+from actcache.jobs.trace import arguments
 from actcache.schemas.errors import ProofFailed
 
 Sink = Callable[[str, torch.Tensor], None]
@@ -23,13 +24,12 @@ class _Finished(Exception):
 @torch.inference_mode()
 def run(
     parts: ModelParts,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
+    inputs: Inputs,
     sites: Iterable[str],
     sink: Sink,
     whole: bool = False,
 ) -> torch.Tensor | None:
-    """Run a batch (sequence, position) and hand each site's tensor (sequence, position, width) to `sink`, as it is computed.
+    """Run a batch and hand each site's tensor (sequence, position, width) to `sink`, as it is computed.
 
     The tensor is the model's own: `sink` must copy what it keeps. The pass stops after the last site unless `whole`;
     then it stops before the unembedding, and what that is given (sequence, position, width) is returned:
@@ -37,16 +37,14 @@ def run(
 
     Raises:
         ProofFailed: a site was read more or less than once.
+        InvalidInput: a site has not one vector a position.
     """
     wanted = parts.taps(sites)
     seen: list[str] = []
     final: list[torch.Tensor] = []
-    shape = (int(input_ids.shape[0]), int(input_ids.shape[1]))
 
     def take(tap: ModuleTap, value: Any) -> None:
-        tensor = vectors(value, shape, reshape=True)
-        if tensor is None:
-            raise ProofFailed(f"{tap.site}: gave no vector a token in this batch of {shape[0]} × {shape[1]} tokens")
+        tensor = inputs.vectors(value, tap.site)
         seen.append(tap.site)
         sink(tap.site, tensor if tap.transform is None else tap.transform(tensor))
         if not whole and len(seen) == len(wanted):
@@ -56,18 +54,25 @@ def run(
         final.append(args[0])
         raise _Finished
 
-    handle = parts.unembedding.register_forward_pre_hook(stop)
-    try:
-        with _hooked(wanted, take), suppress(_Finished):
-            forward(parts.model, input_ids, attention_mask)
-    finally:
-        handle.remove()
+    with _stopped(parts, stop), _hooked(wanted, take), suppress(_Finished):
+        inputs.call(parts.model)
     if sorted(seen) != sorted(tap.site for tap in wanted):
         odd = sorted({tap.site for tap in wanted} ^ set(seen)) or [site for site in seen if seen.count(site) > 1]
         raise ProofFailed(
             f"{odd[0]} was not read exactly once in a forward pass; the model's blocks are not run in order"
         )
     return final[0] if final else None
+
+
+@contextmanager
+def _stopped(parts: ModelParts, stop: Callable[[nn.Module, tuple[Any, ...]], None]) -> Iterator[None]:
+    """Call `stop` before the unembedding, if the model has a head."""
+    handle = parts.unembedding.register_forward_pre_hook(stop) if parts.anatomy.head else None
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 
 from actcache.cache.shards import ShardEncoder
-from actcache.jobs.batches import Batch
+from actcache.jobs.batches import TokenBatch
 from actcache.jobs.head import to_numpy
 from actcache.jobs.parts import ModelParts
 from actcache.schemas.array import ArrayLayout
@@ -44,7 +44,7 @@ class OutputEncoder:
         return list(self._encoders)
 
     @torch.inference_mode()
-    def append(self, parts: ModelParts, state: torch.Tensor, batch: Batch, first_token: int) -> None:
+    def append(self, parts: ModelParts, state: torch.Tensor, batch: TokenBatch, first_token: int) -> None:
         """Add the kept tokens of a batch of which `state` (sequence, position, width) is what the unembedding is given.
 
         Raises:

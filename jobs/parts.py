@@ -35,7 +35,7 @@ class ModelParts:
     @property
     def device(self) -> torch.device:
         """Where inputs must be."""
-        return next(self.model.parameters()).device
+        return device_of(self.model)
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -89,6 +89,13 @@ class ModelParts:
     def _module(self, step: HeadStep) -> nn.Module:
         assert step.module is not None
         return self.model.get_submodule(step.module)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's inputs must be: with its first parameter or buffer, or on the CPU if it has none."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        return tensor.device
+    return torch.device("cpu")
 
 
 def _factor(step: HeadStep) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from actcache.cache.head import Head
 from actcache.jobs.capture import run
 from actcache.jobs.head import head_parts, to_numpy
+from actcache.jobs.inputs import Inputs, TokenInputs
 from actcache.jobs.norms import gain_and_bias
 from actcache.jobs.parts import ModelParts
 from actcache.jobs.relations import ROUNDINGS, sum_error
@@ -91,6 +92,36 @@ def prove(parts: ModelParts, ids: torch.Tensor, mask: torch.Tensor, dtype: str) 
     return {name: identity.error for name, identity in found.items()}
 
 
+def prove_sites(
+    parts: ModelParts, sites: Sequence[str], together: Inputs, alone: Sequence[Inputs], dtype: str
+) -> dict[str, float]:
+    """Check the one identity that holds for any module: an item has the same vectors alone and among others.
+
+    `alone[i]` is sequence i of the batch `together` by itself, without padding. Returns its error.
+
+    Raises:
+        ProofFailed: an error is beyond the tolerance of the dtype; the message names the site.
+    """
+    batch = _vectors(parts, together, sites)
+    bound, worst = tolerance(dtype, len(sites)), 0.0
+    for row, inputs in enumerate(alone):
+        for site, found in _vectors(parts, inputs, sites).items():
+            error = relative_error(batch[site][row, : found.shape[1]], found[0])
+            worst = max(worst, error)
+            if not error <= bound:
+                raise ProofFailed(
+                    f"{site}: fails the identity 'batch' ({IDENTITIES['batch']}): relative error {error:.3g}, tolerance {bound:.3g}; "
+                    "a module that mixes the items of a batch, or draws at random, cannot be stored"
+                )
+    return {"batch": worst}
+
+
+def _vectors(parts: ModelParts, inputs: Inputs, sites: Sequence[str]) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    run(parts, inputs, sites, lambda site, tensor: found.update({site: tensor.clone()}))
+    return found
+
+
 @torch.inference_mode()
 def identities(parts: ModelParts, ids: torch.Tensor, mask: torch.Tensor, dtype: str) -> dict[str, Identity]:
     """The error of every identity that the model's sites allow, by name, in the order of `IDENTITIES`."""
@@ -132,7 +163,7 @@ def _states(
 
     handles = [block.register_forward_pre_hook(given, with_kwargs=True) for block in parts.blocks]
     try:
-        run(parts, ids, mask, parts.anatomy.sites, keep, whole=True)
+        run(parts, TokenInputs(ids, mask), parts.anatomy.sites, keep, whole=True)
     finally:
         for handle in handles:
             handle.remove()

@@ -13,6 +13,7 @@ from actcache.cache.quantise import QuantisedReader
 from actcache.cache.reader import ArrayReader
 from actcache.cache.store import Store
 from actcache.jobs.capture import run
+from actcache.jobs.feeds import Feed
 from actcache.jobs.head import to_numpy
 from actcache.jobs.parts import ModelParts
 from actcache.jobs.proof import relative_error, tolerance
@@ -26,7 +27,7 @@ from actcache.schemas.root import ReplayResult
 SEQUENCES = 4
 
 
-def replay(store: Store, grid: Grid, parts: ModelParts, sequence_start: np.ndarray) -> ReplayResult:
+def replay(store: Store, grid: Grid, parts: ModelParts, feed: Feed, sequence_start: np.ndarray) -> ReplayResult:
     """Run each sequence alone, without padding, and compare every site with what is stored, in every form.
 
     A quantised form may differ by the damage that its blocks' receipts record, beside rounding, and never by more than quantising
@@ -39,20 +40,18 @@ def replay(store: Store, grid: Grid, parts: ModelParts, sequence_start: np.ndarr
     spec = grid.plan.spec
     rng = random.Random(grid.plan.key)
     drawn = sorted(rng.sample(range(grid.n_sequences), min(SEQUENCES, grid.n_sequences)))
-    tokens = ArrayReader(store, grid.token_arrays()["token_id"])
     rounding = tolerance(spec.execution.compute_dtype, grid.plan.model.n_layers)
     exact = rounding + 2 * float(torch.finfo(getattr(torch, spec.stored_dtype)).eps)
     forms = [*_exact(store, grid), *_quantised(store, grid)]
     worst, told = 0.0, 0.0
     for sequence in drawn:
         start, stop = int(sequence_start[sequence]), int(sequence_start[sequence + 1])
-        ids = torch.from_numpy(tokens.read(start, stop).astype(np.int64))[None]
         states: dict[str, np.ndarray] = {}
 
         def keep(site: str, tensor: torch.Tensor, states: dict[str, np.ndarray] = states) -> None:
             states[site] = to_numpy(tensor[0])
 
-        run(parts, ids.to(parts.device), torch.ones_like(ids).to(parts.device), spec.sites, keep)
+        run(parts, feed.alone(sequence), spec.sites, keep)
         receipts = _receipts(store, grid, start, stop) if spec.quantize is not None else []
         for form in forms:
             error = relative_error(_wide(form.reader.read(start, stop)), _wide(states[form.site]))

@@ -15,16 +15,17 @@ from actcache.cache.reader import ArrayReader
 from actcache.cache.roots import newest_root
 from actcache.cache.seal import NOT_REPLAYED, Sealed, environments_of, head_layout, seal
 from actcache.cache.store import Store
-from actcache.jobs.batches import recomputed_fraction
+from actcache.jobs.batches import TokenBatch, recomputed_fraction
 from actcache.jobs.blocks import BlockRunner
 from actcache.jobs.determinism import deterministic
 from actcache.jobs.environment import environment
+from actcache.jobs.feeds import Feed, TokenFeed
 from actcache.jobs.head import head_parts
 from actcache.jobs.model import load_model
 from actcache.jobs.parts import ModelParts
 from actcache.jobs.pool import BoundedPool
 from actcache.jobs.progress import Progress, Reporter
-from actcache.jobs.proof import prove
+from actcache.jobs.proof import prove, prove_sites
 from actcache.jobs.replay import replay
 from actcache.jobs.resolve import Chosen, Resolved
 from actcache.jobs.tokenise import load_tokenizer, tokenise
@@ -37,6 +38,7 @@ from actcache.schemas.receipt import HEAD_RECEIPT, HeadArray, HeadReceipt, Recei
 from actcache.schemas.root import ROOT_KEY
 
 RECOMPUTED_WARNING = 0.03
+PROVED_ALONE = 3
 
 
 @dataclass(frozen=True)
@@ -104,16 +106,17 @@ def _capture(
             "larger blocks (--block-tokens) cost less"
         )
     parts = loaded_parts(chosen)
-    runner = BlockRunner(store, grid, parts, sequence_start, pool)
+    feed = feed_of(store, grid, chosen, sequence_start, parts)
+    runner = BlockRunner(store, grid, parts, feed, pool)
     for layout in grid.block_arrays():
         publish_metadata(store, layout)
-    _prepare(store, grid, parts, runner, pool)
+    _prepare(store, grid, parts, feed, pool)
     blocks = _Blocks(store, grid, runner, reporter)
     blocks.run()
     result = NOT_REPLAYED
     if not _is_sealed(store, grid):
         reporter.progress(replace(blocks.state, stage="replay"))
-        result = replay(store, grid, parts, sequence_start)
+        result = replay(store, grid, parts, feed, sequence_start)
     reporter.progress(replace(blocks.state, stage="seal"))
     sealed = seal_added(store, pool, grid, result, began) if grid.number else seal(store, pool, result, began)
     return Outcome(sealed, blocks.count, blocks.state.bytes_written, recomputed)
@@ -154,12 +157,15 @@ def _tokenizer(resolved: Resolved) -> Any:
     return tokenizer
 
 
-def _prepare(store: Store, grid: Grid, parts: ModelParts, runner: BlockRunner, pool: BoundedPool) -> None:
+def feed_of(store: Store, grid: Grid, chosen: Chosen, sequence_start: np.ndarray, parts: ModelParts) -> Feed:
+    """Where the inputs of a plan come from: the stored tokens, or the items of a user's own module."""
+    return TokenFeed(store, grid, sequence_start, parts.device)
+
+
+def _prepare(store: Store, grid: Grid, parts: ModelParts, feed: Feed, pool: BoundedPool) -> None:
     """Prove the tensors, record the environment and store the head."""
     spec = grid.plan.spec
-    first = runner.batches(*grid.block_range(0))[0]
-    proof = prove(parts, first.input_ids, first.attention_mask, spec.execution.compute_dtype)
-    record = canonical(environment(parts, spec, proof))
+    record = canonical(environment(parts, spec, _proof(grid, parts, feed)))
     publish(store, f"{environments_of(grid.records)}{sha256(record)}.json", record)
     if not spec.head or store.get_or_none(HEAD_RECEIPT) is not None:
         return
@@ -173,6 +179,15 @@ def _prepare(store: Store, grid: Grid, parts: ModelParts, runner: BlockRunner, p
     publish(
         store, HEAD_RECEIPT, HeadReceipt(arrays=arrays, operations=head.operations, objects=tuple(stored)).to_bytes()
     )
+
+
+def _proof(grid: Grid, parts: ModelParts, feed: Feed) -> dict[str, float]:
+    """The errors of the identities that the first batch must satisfy."""
+    first, dtype = feed.batches(*grid.block_range(0))[0], grid.plan.spec.execution.compute_dtype
+    if isinstance(first, TokenBatch) and parts.anatomy.head:
+        return prove(parts, first.input_ids, first.attention_mask, dtype)
+    alone = [feed.alone(sequence) for sequence in first.sequences[:PROVED_ALONE]]
+    return prove_sites(parts, grid.plan.spec.sites, feed.inputs(first), alone, dtype)
 
 
 class _Blocks:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
+
 from actcache.schemas.record import Record
 from actcache.schemas.sites import FINAL_NORM, MODULE
 
@@ -58,7 +60,8 @@ class Anatomy(Record):
     """A decoder-only model taken apart.
 
     `blocks` are the paths of the blocks in order, `taps` every site in model order, `head` the steps from the last block's
-    output to the logits, `modules` the width of each module that gives one vector a token, `max_context` the longest
+    output to the logits, `modules` the width of each module that gives one vector a token, `widths` that of
+    each site where it is not `d_model`, `max_context` the longest
     sequence that the config allows, `attention` the implementation that the model was loaded with.
     """
 
@@ -70,6 +73,7 @@ class Anatomy(Record):
     taps: dict[str, Tap]
     head: tuple[HeadStep, ...]
     modules: dict[str, int]
+    widths: dict[str, int] = Field(default_factory=dict)
 
     @property
     def n_layers(self) -> int:
@@ -97,7 +101,9 @@ class Anatomy(Record):
 
     def width(self, site: str) -> int:
         """Length of a site's vectors."""
-        return self.modules[site.removeprefix(MODULE)] if site.startswith(MODULE) else self.d_model
+        if site.startswith(MODULE):
+            return self.modules[site.removeprefix(MODULE)]
+        return self.widths.get(site, self.d_model)
 
     @property
     def unembedding(self) -> int:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import actcache as ac
-from actcache.jobs.batches import batches, recomputed_fraction, touching
+from actcache.jobs.batches import batches, recomputed_fraction, touching, with_tokens
 from actcache.jobs.corpus import open_corpus
 from actcache.jobs.fingerprint import file_sha256
 from actcache.jobs.memory import memory_path
@@ -154,7 +154,8 @@ def test_blocks_keep_every_token_once_and_run_what_touches_them(lengths: list[in
         high = min(low + block, total)
         wanted = touching(start, low, high)
         offset = int(start[wanted.start])
-        for batch in batches(BatchRule(size=size, pad_token_id=0), start, ids[offset:], offset, low, high):
+        for plain in batches(BatchRule(size=size, pad_token_id=0), start, low, high):
+            batch = with_tokens(plain, 0, ids[offset:], offset)
             assert batch.input_ids.shape == batch.attention_mask.shape == batch.keep.shape
             assert len(batch.sequences) <= size
             assert batch.attention_mask.sum(dim=1).tolist() == batch.lengths.tolist()

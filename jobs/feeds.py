@@ -1,0 +1,83 @@
+"""Where a build's inputs come from: the stored tokens, or items of a user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from actcache.cache.reader import ArrayReader
+from actcache.cache.store import Store
+from actcache.jobs.batches import Batch, TokenBatch, batches, touching, with_tokens
+from actcache.jobs.inputs import Inputs, ItemInputs, TokenInputs
+from actcache.schemas.grid import Grid
+
+
+class Feed(Protocol):
+    """Makes batches of a range of the token axis."""
+
+    def batches(self, start: int, stop: int) -> list[Batch]:
+        """The batches of the tokens [start, stop), as the plan's rule makes them."""
+        ...
+
+    def inputs(self, batch: Batch) -> Inputs:
+        """A batch, ready to be run."""
+        ...
+
+    def alone(self, sequence: int) -> Inputs:
+        """One sequence without padding, ready to be run."""
+        ...
+
+
+class TokenFeed:
+    """The stored tokens. `sequence_start` is (n_sequences + 1), int64."""
+
+    def __init__(self, store: Store, grid: Grid, sequence_start: np.ndarray, device: torch.device) -> None:
+        self._rule = grid.plan.batches
+        self._sequence_start = sequence_start
+        self._device = device
+        self._token_id = ArrayReader(store, grid.token_arrays()["token_id"])
+
+    def batches(self, start: int, stop: int) -> list[Batch]:
+        """The batches of the tokens [start, stop), with their tokens."""
+        wanted = touching(self._sequence_start, start, stop)
+        low, high = int(self._sequence_start[wanted.start]), int(self._sequence_start[wanted.stop])
+        tokens = self._token_id.read(low, high)
+        plain = batches(self._rule, self._sequence_start, start, stop)
+        return [with_tokens(batch, self._rule.pad_token_id, tokens, low) for batch in plain]
+
+    def inputs(self, batch: Batch) -> TokenInputs:
+        """A batch on the model's device."""
+        assert isinstance(batch, TokenBatch)
+        return TokenInputs(batch.input_ids.to(self._device), batch.attention_mask.to(self._device))
+
+    def alone(self, sequence: int) -> TokenInputs:
+        """One sequence on the model's device."""
+        start, stop = int(self._sequence_start[sequence]), int(self._sequence_start[sequence + 1])
+        ids = torch.from_numpy(self._token_id.read(start, stop).astype(np.int64))[None].to(self._device)
+        return TokenInputs(ids, torch.ones_like(ids))
+
+
+class ItemFeed:
+    """Items of a user's own: sequence i is `items[i]`, of `positions` rows."""
+
+    def __init__(self, items: Sequence[Any], positions: int, grid: Grid, device: torch.device) -> None:
+        self._items = items
+        self._positions = positions
+        self._rule = grid.plan.batches
+        self._sequence_start = np.arange(grid.n_sequences + 1) * positions
+        self._device = device
+
+    def batches(self, start: int, stop: int) -> list[Batch]:
+        """The batches of the rows [start, stop)."""
+        return list(batches(self._rule, self._sequence_start, start, stop))
+
+    def inputs(self, batch: Batch) -> ItemInputs:
+        """A batch, stacked, on the module's device."""
+        return ItemInputs.stack([self._items[index] for index in batch.sequences], self._positions, self._device)
+
+    def alone(self, sequence: int) -> ItemInputs:
+        """One item as a batch of one."""
+        return ItemInputs.stack([self._items[sequence]], self._positions, self._device)
