@@ -67,7 +67,7 @@ def build(
     store = open_store(url, endpoint_url=endpoint_url, profile=profile)
     if store.location.scheme in ("http", "https"):
         raise Unsupported(f"{store.location}: http(s) is read-only; build into a local path or s3://")
-    resolved = resolve(spec)
+    resolved = resolve(spec, endpoint_url, profile)
     sealed = _sealed(store)
     if sealed is not None:
         root, generation = sealed.attributes, sealed.attributes.generations[0]

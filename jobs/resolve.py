@@ -7,8 +7,12 @@ from glob import has_magic
 from pathlib import Path
 
 from actcache.jobs.checkpoint import Checkpoint, locate
-from actcache.jobs.corpus import Corpus, open_corpus, printable
+from actcache.jobs.corpora.corpus import Corpus, open_corpus
+from actcache.jobs.corpora.files import printable
+from actcache.jobs.corpora.remote import without_query
 from actcache.jobs.families import ATTENTION, family_of, shape_of
+from actcache.jobs.sequences import cutting_of, selection_of
+from actcache.jobs.special_ids import special_ids
 from actcache.schemas.dtypes import numpy_dtype
 from actcache.schemas.errors import InvalidInput
 from actcache.schemas.grid import Grid
@@ -51,16 +55,16 @@ class Resolved:
             raise InvalidInput(f"{self.checkpoint.folder}: a file changed since the build began; run the command again")
 
 
-def resolve(spec: Spec) -> Resolved:
-    """Make the plan of a spec.
+def resolve(spec: Spec, endpoint_url: str | None = None, profile: str | None = None) -> Resolved:
+    """Make the plan of a spec. `endpoint_url` and `profile` say how to reach a corpus on S3.
 
     Raises:
         InvalidInput: a part of the spec cannot be used.
         Unsupported: the model's family cannot be captured.
-        StoreError: the model's hub failed.
+        StoreError: a hub or a corpus's server failed.
     """
     checkpoint = locate(spec.model, spec.revision)
-    corpus = open_corpus(spec.corpus, spec.text_field)
+    corpus = open_corpus(spec, endpoint_url, profile)
     where = str(checkpoint.folder)
     family = family_of(checkpoint.config, where)
     shape = shape_of(checkpoint.config, where)
@@ -73,7 +77,10 @@ def resolve(spec: Spec) -> Resolved:
         model=checkpoint.identity(),
         tokenizer=checkpoint.tokenizer(),
         corpus=corpus.identity(),
+        selection=selection_of(spec),
         context=context,
+        packing="stream" if spec.pack else "document",
+        cutting=cutting_of(spec, context, shape.vocab_size),
         max_tokens=spec.max_tokens,
         sites=tuple(expand(spec.sites, all_sites(shape.n_layers), shape.n_layers)),
         outputs=spec.outputs,
@@ -91,6 +98,7 @@ def resolve(spec: Spec) -> Resolved:
             revision=checkpoint.revision,
             model_license=spec.model_license or checkpoint.license(),
             corpus=_corpus_labels(spec.corpus),
+            corpus_revision=corpus.revision,
             corpus_license=spec.corpus_license,
         ),
         model=shape,
@@ -98,6 +106,7 @@ def resolve(spec: Spec) -> Resolved:
         sources=corpus.sources,
     )
     _check_layout(plan)
+    _check_tokenizer(plan, corpus, where)
     return Resolved(plan, checkpoint, corpus)
 
 
@@ -130,12 +139,30 @@ def _check_layout(plan: Plan) -> None:
         raise InvalidInput(f"--block-tokens, --chunk-tokens: {error}") from None
 
 
+def _check_tokenizer(plan: Plan, corpus: Corpus, where: str) -> None:
+    """Refuse, before anything is stored, what cannot be done without a tokenizer where there is none."""
+    if plan.spec.tokenizer is not None:
+        return
+    if corpus.holds != "tokens":
+        raise InvalidInput(
+            f"{where}: no tokenizer (tokenizer.json and its kin) beside the model; "
+            "put its files there, or give a corpus that is tokenised already (.npy, .bin, --tokens-field)"
+        )
+    special_ids(plan.spec, corpus, None)
+
+
 def _corpus_labels(patterns: tuple[str, ...]) -> tuple[str, ...]:
     """What the corpus is called: files by name, globs with the folder before them; the first few of many."""
-    names = ["/".join(pattern.split("/")[-2:]) if has_magic(pattern) else Path(pattern).name for pattern in patterns]
+    names = [_corpus_label(without_query(pattern)) for pattern in patterns]
     names = [printable(name) for name in names]
     more = (f"and {len(names) - LABELS} more",) if len(names) > LABELS else ()
     return (*names[:LABELS], *more)
+
+
+def _corpus_label(pattern: str) -> str:
+    if pattern.startswith("hf://"):
+        return pattern
+    return "/".join(pattern.split("/")[-2:]) if has_magic(pattern) else Path(pattern).name
 
 
 def _context(spec: Spec, shape: ModelShape) -> int:

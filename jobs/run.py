@@ -13,6 +13,7 @@ from actcache.cache.seal import ENVIRONMENTS, NOT_REPLAYED, Sealed, head_layout,
 from actcache.cache.store import Store
 from actcache.jobs.batches import recomputed_fraction
 from actcache.jobs.blocks import BlockRunner
+from actcache.jobs.encode import load_tokenizer
 from actcache.jobs.environment import environment
 from actcache.jobs.model import head_parts, load_parts
 from actcache.jobs.parts import ModelParts
@@ -21,7 +22,7 @@ from actcache.jobs.progress import Progress, Reporter
 from actcache.jobs.proof import prove
 from actcache.jobs.replay import replay
 from actcache.jobs.resolve import Resolved
-from actcache.jobs.tokenise import load_tokenizer, tokenise
+from actcache.jobs.tokenise import tokenise
 from actcache.schemas.array import head_group
 from actcache.schemas.canonical import canonical, sha256
 from actcache.schemas.errors import NotFound
@@ -61,6 +62,7 @@ def run_plan(store: Store, resolved: Resolved, reporter: Reporter, tokenise_only
             lambda: _tokenizer(resolved),
             pool,
             lambda count: reporter.progress(Progress("tokenise", count)),
+            reporter.note,
         )
         grid = Grid.of(plan, tokens)
         sequence_start = ArrayReader(store, grid.token_arrays()["sequence_start"]).read()
@@ -92,6 +94,8 @@ def run_plan(store: Store, resolved: Resolved, reporter: Reporter, tokenise_only
 
 
 def _tokenizer(resolved: Resolved) -> Any:
+    if resolved.plan.spec.tokenizer is None:
+        return None
     tokenizer = load_tokenizer(resolved.checkpoint.folder)
     resolved.check_tokenizer()
     return tokenizer
