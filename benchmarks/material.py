@@ -29,10 +29,11 @@ SITES_SIDE_BY_SIDE = 6
 
 @dataclass(frozen=True)
 class Material:
-    """Everything made lies below `folder`. `seconds` is the least time of one comparison."""
+    """Everything made lies below `folder`. `seconds` is the least time of one comparison, `megabytes` the size of a text corpus."""
 
     folder: Path
     seconds: float
+    megabytes: int = 100
 
     @property
     def memory(self) -> Path:
