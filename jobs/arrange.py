@@ -46,10 +46,12 @@ class Rules:
         """How many tokens on the axis a document of so many tokens, or a stream of packed ones, becomes."""
         if self.pack:
             return length + self.bos * -(-length // self.room)
+        if length == 0:
+            return 0
         if self.long == "truncate":
-            return min(length, self.room) + (self.bos if length else 0)
-        count = int(self.windows(np.array([length]))[0])
-        return length + (count - 1) * (self.room - self.step) + count * self.bos if count else 0
+            return min(length, self.room) + self.bos
+        more = -(-max(length - self.room, 0) // self.step)
+        return length + more * (self.room - self.step) + (more + 1) * self.bos
 
 
 @dataclass(frozen=True)

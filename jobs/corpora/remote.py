@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO, Any, cast
 from urllib.parse import urlsplit
 
 from actcache.cache.credentials import s3_access
@@ -55,10 +56,11 @@ class RemoteFile:
         """
         if seekable:
             with _translated(self.where):
-                opened: IO[bytes] = self.system.open(self.url, "rb", block_size=BLOCK)
-                if not opened.seekable():
-                    raise InvalidInput(f"{self.where}: the server gives no ranges of it; download the file first")
-                return opened
+                opened = self.system.open(self.url, "rb", block_size=BLOCK)
+            if type(opened).__name__ == "HTTPStreamFile":  # it calls itself seekable, too
+                opened.close()
+                raise InvalidInput(f"{self.where}: the server gives no ranges of it; download the file first")
+            return cast("IO[bytes]", _Seekable(opened, self.where))
         return stream(self._portions())
 
     def check_unchanged(self) -> None:
@@ -87,6 +89,35 @@ class RemoteFile:
             raise StoreError(
                 f"{self.where}: ended after {size} of {self.source.bytes} bytes; run the same command again"
             )
+
+
+class _Seekable(io.RawIOBase):
+    """A remote file read out of order, its errors in the words of this package."""
+
+    def __init__(self, opened: Any, where: str) -> None:
+        self._opened, self._where = opened, where
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return int(self._opened.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self._opened.tell())
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        with _translated(self._where):
+            data = self._opened.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self._opened.close()
+        super().close()
 
 
 def remote_files(pattern: str, access: Access) -> list[RemoteFile]:
