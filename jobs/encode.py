@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from actcache.schemas.errors import InvalidInput
 
 PIECE = 1 << 20
 LONGEST = 1 << 26
+COMPARED, COMPARED_TEXTS = 1 << 12, 64
+PROBES = ("", "a", " It's 12\n\n é  🦜 ", "x" * 100)
 _CUT = re.compile(r"[A-Za-z](?=[ \n])")
 
 
@@ -42,29 +45,20 @@ class Encoder:
         self._special = special
         self._backend = _backend(tokenizer)
         self._compared = False
-        self._cut = self._backend is not None and _cuts_exactly(self._backend, special)
+        self._compare(list(PROBES))  # before any thread is at work: a call also sets what it was left to set
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """The ids of each text, int32.
 
         A fast tokenizer's call does nothing to a text that its backend does not do, beside making lists of what it
-        found. The first texts are encoded both ways: where the ids differ, the call is used for all.
+        found. The beginnings of the first texts are encoded both ways: where ids differ, the call is used for all.
         """
         if not texts:
             return []
-        if self._backend is None:
-            return self._called(texts)
-        fast = [
-            np.array(encoding.ids, np.int32)
-            for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=self._special)
-        ]
-        if not self._compared:
-            called = self._called(texts)
-            if any(not np.array_equal(one, other) for one, other in zip(fast, called, strict=True)):
-                self._backend, self._cut = None, False
-                return called
+        if not self._compared and self._backend is not None:
             self._compared = True
-        return fast
+            self._compare([text[:COMPARED] for text in texts[:COMPARED_TEXTS]])
+        return self._called(texts) if self._backend is None else self._fast(texts)
 
     def pieces(self, text: str) -> Iterator[str]:
         """A text in pieces whose ids, one after the other, are those of the whole text.
@@ -76,7 +70,7 @@ class Encoder:
             Bad: the text is too long for the memory that tokenising it at once takes, and cannot be cut.
         """
         start = 0
-        while self._cut and len(text) - start > PIECE:
+        while len(text) - start > PIECE and self._cuts:
             found = _CUT.search(text, start + PIECE // 2)
             if found is None:
                 break
@@ -101,6 +95,20 @@ class Encoder:
             raise Bad(
                 "refused by the chat template", f"the chat template refuses the messages: {first_line(error)}"
             ) from None
+
+    def _compare(self, texts: list[str]) -> None:
+        if self._backend is not None:
+            called = self._called(texts)
+            if any(not np.array_equal(one, other) for one, other in zip(called, self._fast(texts), strict=True)):
+                self._backend = None
+
+    @cached_property
+    def _cuts(self) -> bool:
+        return self._backend is not None and _cuts_exactly(self._backend, self._special)
+
+    def _fast(self, texts: list[str]) -> list[np.ndarray]:
+        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=self._special)
+        return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
     def _called(self, texts: list[str]) -> list[np.ndarray]:
         encoded = self._tokenizer(texts, add_special_tokens=self._special, return_attention_mask=False, verbose=False)[

@@ -11,7 +11,7 @@ from actcache.jobs.corpora.field import Field
 from actcache.jobs.corpora.files import CorpusFile, seekable
 from actcache.schemas.errors import InvalidInput
 
-ROWS_AT_ONCE = 256
+ROWS_AT_ONCE, BYTES_AT_ONCE = 256, 16 << 20
 BUFFER = 1 << 20
 
 
@@ -30,9 +30,17 @@ def parquet_rows(file: CorpusFile, source: int, field: Field) -> Iterator[Docume
             yield from _absent(file, source, field, names, 0, table.metadata.num_rows)
             return
         row = 0
-        for batch in table.iter_batches(batch_size=ROWS_AT_ONCE, columns=[field.name], use_threads=False):
+        size = _rows_at_once(table.metadata)
+        for batch in table.iter_batches(batch_size=size, columns=[field.name], use_threads=False):
             yield from _rows(file, source, field, batch.column(0), row, names)
             row += len(batch)
+
+
+def _rows_at_once(metadata: Any) -> int:
+    """How many rows have some 16 MiB where they are largest."""
+    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+    largest = max((group.total_byte_size / group.num_rows for group in groups if group.num_rows), default=1)
+    return max(1, min(ROWS_AT_ONCE, int(BYTES_AT_ONCE / max(largest, 1))))
 
 
 def arrow_rows(file: CorpusFile, source: int, field: Field) -> Iterator[Document | BadRow]:

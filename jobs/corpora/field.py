@@ -10,7 +10,7 @@ import numpy as np
 
 from actcache.jobs.corpora.document import Bad, Content, Messages
 
-NAMES_SHOWN = 12
+NAMES_SHOWN, NAME_SHOWN = 12, 40
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,17 @@ class Field:
 
     def absent(self, names: Collection[str]) -> str:
         """What to say where the field holds no such thing: which fields there are, and the option that chooses."""
-        shown = [str(name) for name in list(names)[:NAMES_SHOWN]] + (["…"] if len(names) > NAMES_SHOWN else [])
+        shown = [_shown(str(name)) for name in list(names)[:NAMES_SHOWN]] + (["…"] if len(names) > NAMES_SHOWN else [])
         return self._none(f"there is: {', '.join(shown)}")
 
     def _none(self, there: str) -> str:
         what = {"text": "text", "tokens": "list of token ids", "messages": "list of {role, content} messages"}
         return f"no {what[self.holds]} in field {self.name!r} ({there}); choose with --{self.holds}-field"
+
+
+def _shown(name: str) -> str:
+    """A stranger's field name as it may be shown."""
+    return "".join(character if character.isprintable() else "�" for character in name[:NAME_SHOWN])
 
 
 def text(value: Any) -> str | None:

@@ -144,7 +144,7 @@ def _check_shards(folder: Path, url: str) -> None:
     found: dict[tuple[str, str, str], set[str]] = {}
     for path in folder.rglob("*"):
         if match := shards.fullmatch(path.relative_to(folder).as_posix()):
-            found.setdefault((match[1], match[3], match[4].split("-")[-1]), set()).add(match[2])
+            found.setdefault((match[1], match[3], Path(match[4]).suffix), set()).add(match[2])
     for (stem, total, end), numbers in found.items():
         if len(numbers) < int(total):
             raise StoreError(
