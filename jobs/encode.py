@@ -16,7 +16,7 @@ from actcache.jobs.model import first_line
 from actcache.schemas.errors import InvalidInput
 
 PIECE = 1 << 20
-LONGEST = 1 << 26
+LONGEST = 1 << 24
 COMPARED, COMPARED_TEXTS = 1 << 12, 64
 PROBES = ("", "a", " It's 12\n\n é  🦜 ", "x" * 100)
 _CUT = re.compile(r"[A-Za-z](?=[ \n])")
