@@ -368,10 +368,11 @@ def hub_cache(tmp_path: Path) -> Path:
     return tmp_path / "hf"
 
 
-def offline(hub: Path, *args: object) -> subprocess.CompletedProcess[str]:
+def offline(hub: Path, *args: object, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     import os
 
-    environment = {**os.environ, "HF_HOME": str(hub), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    quiet = {"HF_HOME": str(hub), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    environment = {**os.environ, **quiet, **(environment or {})}
     command = [sys.executable, "-m", "actcache", "build", *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
@@ -652,3 +653,29 @@ def test_a_bad_row_stops_nobody_but_is_told(model: Path, tmp_path: Path):
         next(iter(open_corpus(ac.Spec(model="m", corpus=(str(tmp_path / "a.jsonl"),))).documents())), Document
     )
     assert BadRow.__doc__
+
+
+def test_a_hub_dataset_is_streamed_at_its_commit(model: Path, tmp_path: Path):
+    from tests.hub_server import serving
+
+    files = {"README.md": CARD.encode(), "other.jsonl": b'{"text": "another"}\n'}
+    for name, texts in (("train-00000-of-00002", ["a b", "c"]), ("train-00001-of-00002", ["d"]), ("test-0", ["e"])):
+        files[f"data/{name}.parquet"] = write(tmp_path / "part.parquet", texts).read_bytes()
+    url = "hf://datasets/org/name"
+    with serving(SHA, files) as (endpoint, requests):
+        there = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+        done = offline(tmp_path / "hf", tmp_path / "ds", "--model", model, "--corpus", url, environment=there)
+        assert done.returncode == 0, done.stderr
+        assert f"GET /datasets/org/name/resolve/{SHA}/data/train-00001-of-00002.parquet" in requests
+        assert not [request for request in requests if "test-0.parquet" in request]
+        for args, says in (
+            (f"{url}@v2", f"{url}@v2: "),
+            ("hf://datasets/org/other", "hf://datasets/org/other: "),
+        ):
+            bad = offline(tmp_path / "hf", tmp_path / "no", "--model", model, "--corpus", args, environment=there)
+            assert (bad.returncode != 0, bad.stderr.count("\n")) == (True, 1), bad.stderr
+            assert says in bad.stderr
+    ds = ac.open(tmp_path / "ds")
+    assert ds.tokens["document_row"].tolist() == [[0, 0], [0, 1], [0, 2]]
+    assert ds.n_tokens == 5
+    assert ds.provenance.labels.corpus_revision == SHA
