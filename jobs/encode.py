@@ -19,7 +19,7 @@ PIECE = 1 << 20
 LONGEST = 1 << 24
 COMPARED, COMPARED_TEXTS = 1 << 12, 64
 PROBES = ("", "a", " It's 12\n\n é  🦜 ", "x" * 100)
-_CUT = re.compile(r"[A-Za-z](?=[ \n])")
+_CUT = re.compile(r"[^\W_](?=[ \n])")
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -63,7 +63,7 @@ class Encoder:
     def pieces(self, text: str) -> Iterator[str]:
         """A text in pieces whose ids, one after the other, are those of the whole text.
 
-        Only a GPT-2 tokenizer is known to cut a text at every border of a letter and a space whatever stands around it.
+        Only a GPT-2 tokenizer is known to cut a text wherever a space follows a letter or digit, whatever stands around.
         A text for another one is one piece.
 
         Raises:
@@ -135,9 +135,9 @@ def _backend(tokenizer: Any) -> Any:
 
 
 def _cuts_exactly(backend: Any, special: bool) -> bool:
-    """Whether ids do not change when a text is cut between a letter and a space or line end.
+    """Whether ids do not change when a text is cut between a letter or digit and a space or line end.
 
-    So it is for byte-level BPE behind GPT-2's regular expression: no alternative of it goes on from a letter to
+    So it is for byte-level BPE behind GPT-2's regular expression: no alternative of it goes on from one to
     whitespace or looks behind, and merges never cross its borders. Nothing may be added at the ends, nor change the text
     before, and no added token may hold or swallow whitespace.
     """

@@ -206,8 +206,9 @@ def _store(store: Store, made: Made, pool: Executor) -> TokensRecord:
         hashed = hashlib.sha256()
         for index in range(layout.n_shards):
             rows = np.ascontiguousarray(axis.rows(name, *layout.shard_range(index)))
-            hashed.update(rows.data)
+            hashing = pool.submit(hashed.update, rows.data)  # meanwhile the same rows are packed and stored
             shard = publish_shard(store, layout, index, encode_shard(layout, rows, pool))
+            hashing.result()
             if shard.kept is not None:
                 raise SpecMismatch(
                     f"{store.location.child(layout.shard_key(index))}: holds other tokens than this tokenizer makes; "

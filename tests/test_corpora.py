@@ -679,3 +679,24 @@ def test_a_hub_dataset_is_streamed_at_its_commit(model: Path, tmp_path: Path):
     assert ds.tokens["document_row"].tolist() == [[0, 0], [0, 1], [0, 2]]
     assert ds.n_tokens == 5
     assert ds.provenance.labels.corpus_revision == SHA
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"long": "stride", "stride": 10, "bos": "always"},
+        {"pack": True, "bos": "always"},
+        {"shuffle": 4, "long": "truncate"},
+    ],
+)
+def test_whatever_the_sequences_the_dataset_is_whole(model: Path, corpus: str, tmp_path: Path, fields: dict[str, Any]):
+    spec = ac.Spec(model=str(model), corpus=(corpus,), block_tokens=160, batch_size=4, outputs=("loss",), **fields)
+    first = ac.build(spec, tmp_path / "ds")
+    assert ac.build(spec, tmp_path / "again").manifest == first.manifest
+    assert ac.verify(tmp_path / "ds", full=True).ok
+    ds = ac.open(tmp_path / "ds")
+    last = np.zeros(ds.n_tokens, bool)
+    last[ds.sequence_start[1:] - 1] = True
+    assert np.array_equal(np.isnan(ds["loss"].compute()), last)
+    assert np.diff(ds.sequence_start).max() == 32
+    assert ds.provenance.replay.status == "replayed"

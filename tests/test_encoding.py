@@ -163,8 +163,7 @@ def test_who_stops_asking_stops_the_making():
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path):
     """15 MB and 120 MB of rows; then 45 MB in one document."""
-    words = [random.Random(0).choice(["alpha ", "be ", "gamma\n", "x1 "]) for _ in range(1 << 16)]
-    text = "".join(words)
+    text = "".join(random.Random(0).choices(["alpha ", "be ", "gamma\n", "x1 "], k=1 << 16))
 
     def peak(name: str, copies: int) -> float:
         with (tmp_path / name).open("w") as file:
