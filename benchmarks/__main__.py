@@ -1,4 +1,4 @@
-"""`python -m benchmarks [NAME…] [--seconds N] [--json FILE]`: run benchmarks and print their ratios."""
+"""`python -m benchmarks [NAME…] [--seconds N] [--megabytes N] [--json FILE]`: run benchmarks and print their ratios."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from benchmarks.material import THREADS, Material
 from benchmarks.ratio import Result
 
-NAMES = ("build", "writer", "quantise", "s3_upload", "read", "chunks", "start")
+NAMES = ("build", "tokenise", "writer", "quantise", "s3_upload", "read", "chunks", "start")
 QUIET = {
     "HF_HUB_OFFLINE": "1",
     "PYTHONWARNINGS": "ignore",
@@ -34,6 +34,7 @@ def main() -> None:
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"any of {', '.join(NAMES)} (default: all)")
     parser.add_argument("--seconds", type=float, default=4.0, metavar="N", help="least time a comparison [%(default)s]")
+    parser.add_argument("--megabytes", type=int, default=100, metavar="N", help="corpus of tokenise [%(default)s]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to a file as well")
     options = parser.parse_args()
     unknown = sorted(set(options.names) - set(NAMES))
@@ -49,7 +50,7 @@ def main() -> None:
         os.environ["XDG_CACHE_HOME"] = str(
             Path(folder) / "cache"
         )  # no hash of a file of a benchmark is to be remembered
-        results = _run(options.names or list(NAMES), Material(Path(folder), options.seconds))
+        results = _run(options.names or list(NAMES), Material(Path(folder), options.seconds, options.megabytes))
     print(f"\n{time.perf_counter() - began:.0f} s; {_verdict(results)}")
     if options.json:
         options.json.write_text(json.dumps([asdict(result) | {"met": result.met} for result in results], indent=1))

@@ -17,13 +17,14 @@ from actcache.cache.reader import ArrayReader
 from actcache.cache.store import Store, open_store
 from actcache.jobs.batches import TokenBatch
 from actcache.jobs.blocks import BlockRunner
+from actcache.jobs.encode import load_tokenizer
 from actcache.jobs.feeds import TokenFeed
 from actcache.jobs.parts import ModelParts
 from actcache.jobs.pool import BoundedPool
 from actcache.jobs.progress import Silent
 from actcache.jobs.resolve import Resolved, resolve
 from actcache.jobs.run import _Blocks, loaded_parts
-from actcache.jobs.tokenise import load_tokenizer, tokenise
+from actcache.jobs.tokenise import tokenise
 from actcache.schemas.grid import Grid
 from actcache.schemas.plan import PLAN_KEY
 from actcache.schemas.spec import Spec

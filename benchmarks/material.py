@@ -29,10 +29,11 @@ SITES_SIDE_BY_SIDE = 6
 
 @dataclass(frozen=True)
 class Material:
-    """Everything made lies below `folder`. `seconds` is the least time of one comparison."""
+    """Everything made lies below `folder`. `seconds` is the least time of one comparison, `megabytes` the size of a text corpus."""
 
     folder: Path
     seconds: float
+    megabytes: int = 100
 
     @property
     def memory(self) -> Path:
@@ -56,8 +57,8 @@ class Material:
         """Residual states of real text, (token, site, d_model) float32: the embedding and each block's output but the last."""
         import torch
 
+        from actcache.jobs.encode import load_tokenizer
         from actcache.jobs.parts import gpt2_parts
-        from actcache.jobs.tokenise import load_tokenizer
 
         model = load_model(self.model)
         text = "".join(path.read_text(encoding="utf-8") for path in sorted(Path(CORPUS).parent.glob("[a-s]*.py")))

@@ -56,7 +56,9 @@ class Block(nn.Module):
 class ValueMyopicGPT(nn.Module):
     """The model. `block_size` is its longest sequence."""
 
-    def __init__(self, vocabulary: int, block_size: int = 256, width: int = 64, layers: int = 4, heads: int = 4) -> None:
+    def __init__(
+        self, vocabulary: int, block_size: int = 256, width: int = 64, layers: int = 4, heads: int = 4
+    ) -> None:
         super().__init__()
         self.block_size = block_size
         self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(block_size, width)

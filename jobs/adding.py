@@ -14,9 +14,10 @@ from actcache.cache.roots import newest_root
 from actcache.cache.store import Store
 from actcache.jobs.anatomy import study, torch_half
 from actcache.jobs.checkpoint import Checkpoint, locate
-from actcache.jobs.corpus import open_corpus
+from actcache.jobs.corpora.corpus import open_corpus
 from actcache.jobs.progress import Reporter
 from actcache.jobs.resolve import Chosen, check_layout, layout_of, quantisation
+from actcache.jobs.sequences import cutting_of, selection_of
 from actcache.schemas.anatomy import Anatomy
 from actcache.schemas.errors import Corrupt, InvalidInput, SpecMismatch, StoreError
 from actcache.schemas.plan import PLAN_KEY, BatchRule, Labels, ModelShape, Plan, added_records
@@ -26,6 +27,13 @@ from actcache.schemas.spec import CAPTURE_VERSION, Execution, ResolvedSpec, Spec
 
 if TYPE_CHECKING:
     from actcache.jobs.run import Outcome
+
+
+ARRANGING = {
+    *("pack", "long", "stride", "bos", "bos_id", "eos_id"),
+    *("min_tokens", "max_document_tokens", "shuffle", "sample", "max_documents"),
+}
+"""What a spec says of the arrangement of a corpus's tokens."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +98,15 @@ def _same_tokens(store: Store, spec: Spec, checkpoint: Checkpoint, root: RootAtt
     here = root.generations[0].provenance.spec
     said: dict[str, Any] = {"capture": CAPTURE_VERSION, "model": checkpoint.identity()}
     said |= {name: value for name in ("context", "max_tokens") if (value := getattr(spec, name)) is not None}
-    said |= {"corpus": open_corpus(spec.corpus, spec.text_field).identity()} if spec.corpus else {}
+    if spec.corpus:
+        said["corpus"] = open_corpus(spec, store.location.endpoint_url, store.location.profile).identity()
+    if spec.model_fields_set & ARRANGING:
+        context = spec.context or here.context
+        said |= {
+            "selection": selection_of(spec),
+            "packing": "stream" if spec.pack else "document",
+            "cutting": cutting_of(spec, context, root.generations[0].provenance.model.vocab_size),
+        }
     asked = here.model_copy(update=said)
     if asked.tokens_key() != here.tokens_key():
         raise SpecMismatch(

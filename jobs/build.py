@@ -81,7 +81,7 @@ def build(
         raise Unsupported(f"{store.location}: http(s) is read-only; build into a local path or s3://")
     if add_sites is not None:
         return _add(store, spec, add_sites, stage, reporter or Silent())
-    resolved = resolve(spec)
+    resolved = resolve(spec, endpoint_url, profile)
     sealed = _sealed(store)
     if sealed is not None:
         root, generation = sealed.attributes, sealed.attributes.generations[0]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from actcache.jobs.corpus import printable
+from actcache.jobs.corpora.files import printable
 from actcache.jobs.families import family_of
 from actcache.jobs.fingerprint import file_sha256
 from actcache.schemas.canonical import digest
@@ -18,6 +18,8 @@ from actcache.schemas.spec import ModelIdentity, TokenizerIdentity
 
 _TOKENIZER_FILES = (
     "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
     "merges.txt",
     "sentencepiece.bpe.model",
     "special_tokens_map.json",
@@ -28,7 +30,7 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
 )
-_HUB_PATTERNS = ["*.json", "*.txt", "*.model", "README.md"]
+_HUB_PATTERNS = ["*.jinja", "*.json", "*.txt", "*.model", "README.md"]
 _SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 MAX_HEADER_BYTES = 100_000_000
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -61,16 +63,9 @@ class Checkpoint:
         config = digest({name: value for name, value in self.config.items() if name != "_name_or_path"})
         return ModelIdentity(family=self.family, config=config, weights=_folded(self.weight_files()))
 
-    def tokenizer(self) -> TokenizerIdentity:
-        """The tokenizer by the content of its files.
-
-        Raises:
-            InvalidInput: the folder has none.
-        """
-        files = [self.folder / name for name in _TOKENIZER_FILES if (self.folder / name).is_file()]
-        if not files:
-            raise InvalidInput(f"{self.folder}: no tokenizer (tokenizer.json and its kin) beside the model")
-        return TokenizerIdentity(files=_folded(files))
+    def tokenizer(self) -> TokenizerIdentity | None:
+        """The tokenizer by the content of its files, None if the folder has none."""
+        return tokenizer_of(self.folder)
 
     def weight_files(self) -> list[Path]:
         """The files of the weights, as transformers would choose them.
@@ -110,6 +105,12 @@ class Checkpoint:
         match = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
         stated = re.search(r"^license:\s*(\S+)", match.group(1), re.MULTILINE) if match else None
         return stated.group(1) if stated else None
+
+
+def tokenizer_of(folder: Path) -> TokenizerIdentity | None:
+    """The tokenizer in a folder by the content of its files, None if it has none."""
+    files = [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
+    return TokenizerIdentity(files=_folded(files)) if _tokenises(files) else None
 
 
 def locate(model: str, revision: str | None) -> Checkpoint:
@@ -171,6 +172,11 @@ def _snapshot(model: str, revision: str | None, weights: str) -> Path:
     return Path(
         huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns="*/*")
     )
+
+
+def _tokenises(files: list[Path]) -> bool:
+    """Whether there is a tokenizer among these files, not only settings or a template for one."""
+    return any(not path.name.startswith(("chat_template", "special_tokens_map", "tokenizer_config")) for path in files)
 
 
 def _folded(files: list[Path]) -> str:

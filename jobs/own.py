@@ -64,14 +64,18 @@ class OwnModel:
             InvalidInput: it has none.
         """
         if self.capturable.tokenizer is None:
-            raise InvalidInput(f"{self.name}: no tokenizer: give its folder as Capturable(tokenizer=…), or inputs and sites")
+            raise InvalidInput(
+                f"{self.name}: no tokenizer: give its folder as Capturable(tokenizer=…), or inputs and sites"
+            )
         return Path(self.capturable.tokenizer).expanduser()
 
     @cached_property
     def module(self) -> nn.Module:
         """The module, in evaluation mode, on the best device there is."""
         if not isinstance(self.capturable.module, nn.Module):
-            raise InvalidInput(f"{self.name}: its module is a {type(self.capturable.module).__name__}, not a torch.nn.Module")
+            raise InvalidInput(
+                f"{self.name}: its module is a {type(self.capturable.module).__name__}, not a torch.nn.Module"
+            )
         return self.capturable.module.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
     def identity(self) -> ModelIdentity:
@@ -98,9 +102,9 @@ class OwnModel:
                     "define it in a file or a notebook's cell"
                 ) from None
 
-    def tokenizer(self) -> TokenizerIdentity:
-        """Its tokenizer by the content of its files."""
-        return tokenizer_of(self.folder)
+    def tokenizer(self) -> TokenizerIdentity | None:
+        """Its tokenizer by the content of its files, None if it has none."""
+        return None if self.capturable.tokenizer is None else tokenizer_of(self.folder)
 
     def dtype(self) -> str:
         """The dtype of most of its parameters."""
@@ -124,22 +128,36 @@ class OwnModel:
         sites, inputs = self.capturable.sites, self.capturable.inputs
         if inputs is None:
             if sites is not None:
-                raise InvalidInput(f"{self.name}: a language model's sites are found; ask for modules with Spec(sites='module:PATH')")
+                raise InvalidInput(
+                    f"{self.name}: a language model's sites are found; ask for modules with Spec(sites='module:PATH')"
+                )
             return look_at(self.module, OWN, self.name)
         if not sites:
-            raise InvalidInput(f"{self.name}: inputs of its own and no sites: say with sites={{name: module path}} what to store")
+            raise InvalidInput(
+                f"{self.name}: inputs of its own and no sites: say with sites={{name: module path}} what to store"
+            )
         if not len(inputs):
             raise InvalidInput(f"{self.name}: there are no inputs")
         taps = {site: self._tap(site, path) for site, path in sites.items()}
         widths = self._widths(taps)
         d_model = next(iter(widths.values()))
         return Anatomy(
-            blocks=(), d_model=d_model, vocab_size=0, max_context=None, attention=OWN, taps=taps, widths=widths, head=(), modules={}
+            blocks=(),
+            d_model=d_model,
+            vocab_size=0,
+            max_context=None,
+            attention=OWN,
+            taps=taps,
+            widths=widths,
+            head=(),
+            modules={},
         )
 
     def _tap(self, site: str, path: str) -> Tap:
         if not SITE_NAME.fullmatch(site) or site in TOKEN_ARRAYS or site.startswith(MODULE):
-            raise InvalidInput(f"{self.name}: site {site!r}: a name of letters, digits, '.', '_' and '-' that no other array has")
+            raise InvalidInput(
+                f"{self.name}: site {site!r}: a name of letters, digits, '.', '_' and '-' that no other array has"
+            )
         try:
             self.module.get_submodule(path)
         except AttributeError:
@@ -156,7 +174,12 @@ class OwnModel:
             blocks=(), d_model=0, vocab_size=0, max_context=None, attention=OWN, taps=taps, head=(), modules={}
         )
         widths: dict[str, int] = {}
-        run(ModelParts(self.module, empty), first, list(taps), lambda site, tensor: widths.update({site: int(tensor.shape[-1])}))
+        run(
+            ModelParts(self.module, empty),
+            first,
+            list(taps),
+            lambda site, tensor: widths.update({site: int(tensor.shape[-1])}),
+        )
         return {site: widths[site] for site in taps}
 
 

@@ -10,10 +10,10 @@ import torch
 
 from actcache.jobs.checkpoint import locate
 from actcache.jobs.determinism import deterministic
+from actcache.jobs.encode import load_tokenizer
 from actcache.jobs.model import load_model, look_at
 from actcache.jobs.parts import ModelParts
 from actcache.jobs.proof import IDENTITIES, Identity, identities
-from actcache.jobs.tokenise import load_tokenizer
 from actcache.schemas.errors import InvalidInput
 
 SEQUENCES, POSITIONS = 3, 48

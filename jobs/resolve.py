@@ -8,7 +8,11 @@ from pathlib import Path
 
 from actcache.jobs.anatomy import Studied, study
 from actcache.jobs.checkpoint import Checkpoint, locate
-from actcache.jobs.corpus import Corpus, open_corpus, printable
+from actcache.jobs.corpora.corpus import Corpus, open_corpus
+from actcache.jobs.corpora.files import printable
+from actcache.jobs.corpora.remote import without_query
+from actcache.jobs.sequences import cutting_of, selection_of
+from actcache.jobs.special_ids import special_ids
 from actcache.schemas.dtypes import numpy_dtype
 from actcache.schemas.errors import InvalidInput
 from actcache.schemas.grid import Grid
@@ -60,16 +64,16 @@ class Resolved(Chosen):
             raise InvalidInput(f"{self.checkpoint.folder}: a file changed since the build began; run the command again")
 
 
-def resolve(spec: Spec) -> Resolved:
-    """Make the plan of a spec.
+def resolve(spec: Spec, endpoint_url: str | None = None, profile: str | None = None) -> Resolved:
+    """Make the plan of a spec. `endpoint_url` and `profile` say how to reach a corpus on S3.
 
     Raises:
         InvalidInput: a part of the spec cannot be used.
         Unsupported: the model cannot be captured.
-        StoreError: the model's hub failed.
+        StoreError: a hub or a corpus's server failed.
     """
     checkpoint = locate(spec.model, spec.revision)
-    corpus = open_corpus(spec.corpus, spec.text_field)
+    corpus = open_corpus(spec, endpoint_url, profile)
     compute_dtype = spec.compute_dtype or checkpoint.dtype()
     identity = checkpoint.identity()
     studied = study(checkpoint, identity, compute_dtype, spec.attention)
@@ -90,7 +94,10 @@ def resolve(spec: Spec) -> Resolved:
         model=identity,
         tokenizer=checkpoint.tokenizer(),
         corpus=corpus.identity(),
+        selection=selection_of(spec),
         context=context,
+        packing="stream" if spec.pack else "document",
+        cutting=cutting_of(spec, context, shape.vocab_size),
         max_tokens=spec.max_tokens,
         sites=sites,
         outputs=spec.outputs,
@@ -109,6 +116,7 @@ def resolve(spec: Spec) -> Resolved:
             revision=checkpoint.revision,
             model_license=spec.model_license or checkpoint.license(),
             corpus=_corpus_labels(spec.corpus),
+            corpus_revision=corpus.revision,
             corpus_license=spec.corpus_license,
         ),
         model=shape,
@@ -117,6 +125,7 @@ def resolve(spec: Spec) -> Resolved:
         sources=corpus.sources,
     )
     check_layout(plan)
+    _check_tokenizer(plan, corpus, str(checkpoint.folder))
     return Resolved(plan, checkpoint, studied, corpus)
 
 
@@ -180,12 +189,30 @@ def _check_outputs(spec: Spec, shape: ModelShape) -> None:
         )
 
 
+def _check_tokenizer(plan: Plan, corpus: Corpus, where: str) -> None:
+    """Refuse, before anything is stored, what cannot be done without a tokenizer where there is none."""
+    if plan.spec.tokenizer is not None:
+        return
+    if corpus.holds != "tokens":
+        raise InvalidInput(
+            f"{where}: no tokenizer (tokenizer.json and its kin) beside the model; "
+            "put its files there, or give a corpus that is tokenised already (.npy, .bin, --tokens-field)"
+        )
+    special_ids(plan.spec, corpus, None)
+
+
 def _corpus_labels(patterns: tuple[str, ...]) -> tuple[str, ...]:
     """What the corpus is called: files by name, globs with the folder before them; the first few of many."""
-    names = ["/".join(pattern.split("/")[-2:]) if has_magic(pattern) else Path(pattern).name for pattern in patterns]
+    names = [_corpus_label(without_query(pattern)) for pattern in patterns]
     names = [printable(name) for name in names]
     more = (f"and {len(names) - LABELS} more",) if len(names) > LABELS else ()
     return (*names[:LABELS], *more)
+
+
+def _corpus_label(pattern: str) -> str:
+    if pattern.startswith("hf://"):
+        return pattern
+    return "/".join(pattern.split("/")[-2:]) if has_magic(pattern) else Path(pattern).name
 
 
 def _context(spec: Spec, shape: ModelShape) -> int:

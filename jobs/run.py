@@ -18,6 +18,7 @@ from actcache.cache.store import Store
 from actcache.jobs.batches import TokenBatch, recomputed_fraction
 from actcache.jobs.blocks import BlockRunner
 from actcache.jobs.determinism import deterministic
+from actcache.jobs.encode import load_tokenizer
 from actcache.jobs.environment import environment
 from actcache.jobs.feeds import Feed, TokenFeed
 from actcache.jobs.head import head_parts
@@ -28,7 +29,7 @@ from actcache.jobs.progress import Progress, Reporter
 from actcache.jobs.proof import prove, prove_sites
 from actcache.jobs.replay import replay
 from actcache.jobs.resolve import Chosen, Resolved
-from actcache.jobs.tokenise import load_tokenizer, tokenise
+from actcache.jobs.tokenise import tokenise
 from actcache.schemas.array import head_group
 from actcache.schemas.canonical import canonical, sha256
 from actcache.schemas.errors import NotFound
@@ -70,6 +71,7 @@ def run_plan(store: Store, resolved: Resolved, reporter: Reporter, tokenise_only
             lambda: _tokenizer(resolved),
             pool,
             lambda count: reporter.progress(Progress("tokenise", count)),
+            reporter.note,
         )
         grid = Grid.of(plan, tokens)
         if tokenise_only:
@@ -152,6 +154,8 @@ def loaded_parts(chosen: Chosen) -> ModelParts:
 
 
 def _tokenizer(resolved: Resolved) -> Any:
+    if resolved.plan.spec.tokenizer is None:
+        return None
     tokenizer = load_tokenizer(resolved.checkpoint.folder)
     resolved.check_tokenizer()
     return tokenizer

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
+from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -16,174 +16,189 @@ from actcache.cache.lease import Lease
 from actcache.cache.publish import publish, publish_metadata, publish_shard
 from actcache.cache.shards import encode_shard
 from actcache.cache.store import Store
-from actcache.jobs.corpus import Corpus, Document
-from actcache.jobs.model import first_line
-from actcache.schemas.errors import InvalidInput, SpecMismatch, StoreError
-from actcache.schemas.grid import BOS_FLAG, EOS_FLAG, token_layouts
+from actcache.jobs.arrange import DOCUMENTS_AT_ONCE, Rules, arrange
+from actcache.jobs.axis import Axis
+from actcache.jobs.collect import DROPPED, USED, Collected, Tick, Wanted, collect
+from actcache.jobs.corpora.corpus import Corpus
+from actcache.jobs.encode import Encoder
+from actcache.jobs.selection import ranks
+from actcache.jobs.special_ids import SpecialIds, special_ids
+from actcache.jobs.spool import Spool
+from actcache.schemas.errors import InvalidInput, SpecMismatch
+from actcache.schemas.grid import token_layouts
 from actcache.schemas.plan import TOKENS_KEY, Plan, StoredObject, TokensRecord
 
-DOCUMENTS_AT_ONCE = 64
-CHARACTERS_AT_ONCE = 4 << 20
-
-Tick = Callable[[int], None]
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer beside a model.
-
-    Raises:
-        InvalidInput: transformers cannot load it.
-    """
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    try:
-        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers and tokenizers raise what they like
-        raise InvalidInput(f"{folder}: the tokenizer cannot be loaded: {first_line(error)}") from error
+Note = Callable[[str], None]
 
 
 def tokenise(
-    store: Store, plan: Plan, corpus: Corpus, tokenizer: Callable[[], Any], pool: Executor, tick: Tick
+    store: Store,
+    plan: Plan,
+    corpus: Corpus,
+    tokenizer: Callable[[], Any],
+    pool: Executor,
+    tick: Tick,
+    note: Note = lambda _: None,
 ) -> TokensRecord:
     """Store the token axis, or find it stored. One worker does it under a lease, others wait for it.
 
-    `tick` is called with the number of tokens so far.
+    `tokenizer` gives the model's tokenizer, or None where it has none. `tick` is called with the number of tokens so
+    far, `note` with what a user should know of rows that were skipped.
 
     Raises:
-        InvalidInput: the corpus cannot be read, is empty, or the tokenizer does not fit the model.
+        InvalidInput: the corpus cannot be read, has no usable row, or does not fit tokenizer and model.
         SpecMismatch: the stored tokens are not those of this corpus and tokenizer.
+        StoreError: a server fails, or the disk is full.
     """
     lease = Lease(store, "tokenise")
     while True:
         done = store.get_or_none(TOKENS_KEY)
         if done is not None:
-            return TokensRecord.from_bytes(bytes(done), str(store.location.child(TOKENS_KEY)))
+            return _found(store, bytes(done), corpus)
         if lease.acquire():
             break
         lease.wait()
     if store.get_or_none(TOKENS_KEY) is not None:  # the holder before finished between the two looks
         with lease:
-            return tokenise(store, plan, corpus, tokenizer, pool, tick)
-    with lease, tempfile.TemporaryFile(prefix="actcache-tokens-", buffering=0) as spool:
-        return _store(store, _spool(plan, corpus, tokenizer(), spool, tick), pool)
+            return tokenise(store, plan, corpus, tokenizer, pool, tick, note)
+    with lease, ExitStack() as spools:
+        made = _made(plan, corpus, tokenizer(), spools, tick)
+        if made.skipped or made.dropped:
+            note(_told(made))
+        return _store(store, made, pool)
 
 
 @dataclass(frozen=True)
-class Axis:
-    """The token axis before it is stored: ids, and where documents and sequences begin on it."""
+class Made:
+    """The token axis, and what is not on it."""
 
-    token_id: np.ndarray
-    document_start: np.ndarray
-    sequence_start: np.ndarray
-    document_row: np.ndarray
-    bos: int | None
-    eos: int | None
-
-    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Rows [start, stop) of a token array, in its stored dtype."""
-        if name == "sequence_start":
-            return self.sequence_start[start:stop]
-        if name == "document_row":
-            return self.document_row[start:stop]
-        if name == "token_id":
-            return np.array(self.token_id[start:stop])
-        if name == "special":
-            return self._special(start, stop)
-        token = np.arange(start, stop)
-        starts = self.document_start if name.startswith("document") else self.sequence_start
-        owner = np.searchsorted(starts, token, side="right") - 1
-        if name in ("document", "sequence"):
-            return owner
-        position = token - starts[owner]
-        return np.asarray(position, np.int32 if name == "position" else np.int64)
-
-    def _special(self, start: int, stop: int) -> np.ndarray:
-        ids = self.token_id[start:stop]
-        flags = np.zeros(len(ids), np.uint8)
-        for special, flag in ((self.bos, BOS_FLAG), (self.eos, EOS_FLAG)):
-            if special is not None:
-                flags |= np.where(ids == special, flag, 0).astype(np.uint8)
-        return flags
+    axis: Axis
+    skipped: dict[str, int]
+    dropped: dict[str, int]
+    first_skipped: str | None
 
 
-def _spool(plan: Plan, corpus: Corpus, tokenizer: Any, spool: IO[bytes], tick: Tick) -> Axis:
-    """Tokenise to a file, at most `max_tokens`."""
-    spec, total = plan.spec, 0
-    lengths: list[int] = []
-    rows: list[tuple[int, int]] = []
-    for documents in _portions(corpus.documents()):
-        encoded = tokenizer([d.text for d in documents], return_attention_mask=False, verbose=False)["input_ids"]
-        for document, ids in zip(documents, encoded, strict=True):
-            tokens = np.asarray(ids, np.int32)
-            _check_ids(tokens, plan, corpus, document)
-            if spec.max_tokens is not None:
-                tokens = tokens[: spec.max_tokens - total]
-            _write(spool, tokens)
-            total += len(tokens)
-            lengths.append(len(tokens))
-            rows.append((document.source, document.row))
-            if total == spec.max_tokens:
-                corpus.check_unchanged(document.source)
-                break
-        tick(total)
-        if total == spec.max_tokens:
-            break
-    if total == 0:
-        raise InvalidInput("the corpus has no tokens: every document is empty")
-    token_id = np.memmap(spool, np.int32, "r", shape=(total,))
-    ends = np.cumsum(lengths)
-    starts = ends - lengths
-    # An empty document owns no token; a search for a token's owner must not find it.
-    pieces = [np.arange(s, e, spec.context) for s, e in zip(starts, ends, strict=True)]
-    sequence_start = np.append(np.concatenate(pieces), total).astype(np.int64)
-    return Axis(
-        token_id,
-        starts.astype(np.int64),
-        sequence_start,
-        np.asarray(rows, np.int64).reshape(-1, 2),
-        tokenizer.bos_token_id,
-        tokenizer.eos_token_id,
+def _found(store: Store, data: bytes, corpus: Corpus) -> TokensRecord:
+    record = TokensRecord.from_bytes(data, str(store.location.child(TOKENS_KEY)))
+    if corpus.strict and record.skipped:
+        raise InvalidInput(
+            f"{store.location}: {sum(record.skipped.values()):,} rows were skipped when these tokens were stored; "
+            "build without --strict, or correct the corpus and build into another URL"
+        )
+    return record
+
+
+def _made(plan: Plan, corpus: Corpus, tokenizer: Any, spools: ExitStack, tick: Tick) -> Made:
+    spec = plan.spec
+    ids = special_ids(spec, corpus, tokenizer)
+    wanted = wanted_of(plan, ids)
+    encoder = None
+    if corpus.holds != "tokens":
+        encoder = Encoder(tokenizer, special=spec.cutting.bos == "tokenizer" and corpus.holds == "text")
+    collected = Collected(spools.enter_context(Spool("int32")), spools.enter_context(Spool("int64", 5)))
+    collect(corpus, encoder, ids.eos, wanted, collected, tick)
+    axis, dropped = laid_out(collected, wanted, ids, spools)
+    first = collected.first_skipped
+    if axis.arranged.n_tokens == 0:
+        raise _nothing(collected, dropped)
+    return Made(axis, dict(collected.skipped), dropped, first.message if first is not None else None)
+
+
+def wanted_of(plan: Plan, ids: SpecialIds) -> Wanted:
+    """What a plan asks of documents."""
+    spec, cutting, always = plan.spec, plan.spec.cutting, plan.spec.cutting.bos == "always"
+    packed = spec.packing == "stream"
+    return Wanted(
+        Rules(spec.context, always, cutting.long, cutting.stride, packed, spec.max_tokens),
+        spec.selection,
+        plan.model.vocab_size,
+        bos=ids.bos if always else None,
+        eos=ids.eos if packed else None,
     )
 
 
-def _write(spool: IO[bytes], tokens: np.ndarray) -> None:
-    left = memoryview(tokens.tobytes())
-    try:
-        while left:  # unbuffered: closing a file whose last bytes did not fit would raise once more
-            left = left[spool.write(left) :]
-    except OSError as error:
-        folder = tempfile.gettempdir()
-        raise StoreError(
-            f"{folder}: tokens are kept here while they are counted: {error.strerror}; set TMPDIR"
-        ) from None
+def laid_out(collected: Collected, wanted: Wanted, ids: SpecialIds, spools: ExitStack) -> tuple[Axis, dict[str, int]]:
+    """The token axis of what was collected, and how many documents were dropped on the way to it, by reason.
+
+    Where ranks choose or order, memory holds some 60 bytes a document.
+    """
+    order = walked = None
+    if wanted.ranked:
+        order, walked = _ordered(collected.documents.rows(0, len(collected.documents)), wanted)
+    runs, starts, rows = (spools.enter_context(Spool("int64", width)) for width in (4, 1, 2))
+    lengths = ((used[:, 0], used[:, 1]) for used in _used(collected.documents, order))
+    arranged = arrange(lengths, wanted.rules, runs, starts)
+    left = arranged.n_documents
+    for used in _used(collected.documents, order):
+        rows.append(used[:left, 2:4])
+        left -= len(used[:left])
+        if not left:
+            break
+    enough = wanted.selection.shuffle is not None and arranged.n_tokens == wanted.rules.max_tokens
+    if enough and walked is not None and order is not None:
+        walked = walked[: int(np.flatnonzero(walked == order[arranged.n_documents - 1])[0]) + 1]
+    return Axis(collected.tokens, arranged, rows, ids.bos, ids.eos), _dropped(collected.documents, walked)
 
 
-def _check_ids(tokens: np.ndarray, plan: Plan, corpus: Corpus, document: Document) -> None:
-    if len(tokens) and int(tokens.max()) >= plan.model.vocab_size:
-        raise InvalidInput(
-            f"{corpus.files[document.source]}: token id {int(tokens.max())} is beyond the model's vocabulary of "
-            f"{plan.model.vocab_size}; the tokenizer is not this model's"
-        )
+def _ordered(documents: np.ndarray, wanted: Wanted) -> tuple[np.ndarray, np.ndarray]:
+    """The chosen documents in their order, and all that were passed on the way to them, by rank."""
+    chosen = wanted.selection
+    walked = np.argsort(ranks(wanted.seed, documents[:, 2], documents[:, 3]), kind="stable")
+    shuffled = chosen.shuffle is not None
+    limits = [limit for limit in (chosen.sample, chosen.max_documents if shuffled else None) if limit is not None]
+    used = np.flatnonzero(documents[walked, 4] == USED)
+    if limits and len(used) >= min(limits):
+        walked = walked[: used[min(limits) - 1] + 1]
+    order = walked[documents[walked, 4] == USED]
+    return (order if shuffled else np.sort(order)[: chosen.max_documents]), walked
 
 
-def _portions(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    """Documents in portions of bounded count and, but for a single long one, bounded size."""
-    portion: list[Document] = []
-    size = 0
-    for document in documents:
-        portion.append(document)
-        size += len(document.text)
-        if len(portion) == DOCUMENTS_AT_ONCE or size >= CHARACTERS_AT_ONCE:
-            yield portion
-            portion, size = [], 0
-    if portion:
-        yield portion
+def _used(documents: Spool, order: np.ndarray | None) -> Iterator[np.ndarray]:
+    """The rows of the documents that are used, in their order, in portions."""
+    for start in range(0, len(documents) if order is None else len(order), DOCUMENTS_AT_ONCE):
+        if order is not None:
+            yield documents.take(order[start : start + DOCUMENTS_AT_ONCE])
+            continue
+        rows = documents.rows(start, start + DOCUMENTS_AT_ONCE)
+        if len(rows := rows[rows[:, 4] == USED]):
+            yield rows
 
 
-def _store(store: Store, axis: Axis, pool: Executor) -> TokensRecord:
-    n_tokens, n_sequences = len(axis.token_id), len(axis.sequence_start) - 1
-    layouts = token_layouts(n_tokens, n_sequences, len(axis.document_row))
+def _dropped(documents: Spool, walked: np.ndarray | None) -> dict[str, int]:
+    counts: Counter[int] = Counter()
+    for start in range(0, len(documents) if walked is None else len(walked), DOCUMENTS_AT_ONCE):
+        stop = start + DOCUMENTS_AT_ONCE
+        rows = documents.rows(start, stop) if walked is None else documents.take(walked[start:stop])
+        counts.update(dict(zip(*(part.tolist() for part in np.unique(rows[:, 4], return_counts=True)), strict=True)))
+    return {reason: counts[verdict] for verdict, reason in DROPPED.items() if counts[verdict]}
+
+
+def _nothing(collected: Collected, dropped: dict[str, int]) -> InvalidInput:
+    """Why there are no tokens: the first row that could not be used."""
+    first, count = collected.first_skipped, sum(collected.skipped.values())
+    if dropped:
+        told = "; ".join(f"{number:,} documents are {reason}" for reason, number in dropped.items())
+        return InvalidInput(f"the corpus has no tokens left: {told}; choose others")
+    if first is None:
+        return InvalidInput("the corpus has no tokens: there are no rows in it")
+    more = f" (nor can any other of its {count:,} rows be used)" if count > 1 else ""
+    return InvalidInput(f"{first.message}; the corpus has no tokens{more}")
+
+
+def _told(made: Made) -> str:
+    """What was left out, on one line."""
+    parts = []
+    if made.skipped:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(made.skipped.items()))
+        parts.append(f"{sum(made.skipped.values()):,} rows were skipped ({reasons}); the first: {made.first_skipped}")
+    parts += [f"{count:,} documents were dropped, {reason}" for reason, count in made.dropped.items()]
+    return "; ".join(parts)
+
+
+def _store(store: Store, made: Made, pool: Executor) -> TokensRecord:
+    axis, arranged = made.axis, made.axis.arranged
+    n_tokens, n_sequences = arranged.n_tokens, len(arranged.sequence_start) - 1
+    layouts = token_layouts(n_tokens, n_sequences, arranged.n_documents)
     objects: list[StoredObject] = []
     content: dict[str, str] = {}
     for name, layout in layouts.items():
@@ -191,8 +206,9 @@ def _store(store: Store, axis: Axis, pool: Executor) -> TokensRecord:
         hashed = hashlib.sha256()
         for index in range(layout.n_shards):
             rows = np.ascontiguousarray(axis.rows(name, *layout.shard_range(index)))
-            hashed.update(rows.data)
+            hashing = pool.submit(hashed.update, rows.data)  # meanwhile the same rows are packed and stored
             shard = publish_shard(store, layout, index, encode_shard(layout, rows, pool))
+            hashing.result()
             if shard.kept is not None:
                 raise SpecMismatch(
                     f"{store.location.child(layout.shard_key(index))}: holds other tokens than this tokenizer makes; "
@@ -203,11 +219,13 @@ def _store(store: Store, axis: Axis, pool: Executor) -> TokensRecord:
     record = TokensRecord(
         n_tokens=n_tokens,
         n_sequences=n_sequences,
-        n_documents=len(axis.document_row),
+        n_documents=arranged.n_documents,
         bos_token_id=axis.bos,
         eos_token_id=axis.eos,
         content=content,
         objects=tuple(objects),
+        skipped=made.skipped,
+        dropped=made.dropped,
     )
     published = publish(store, TOKENS_KEY, record.to_bytes())
     if published.other is None:

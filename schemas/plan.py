@@ -50,11 +50,17 @@ class BatchRule(Record):
 
 
 class Source(Record):
-    """One file of the corpus. `name` is relative to the fixed part of the pattern that found it."""
+    """One file of the corpus, or one split of a hub dataset.
+
+    `name` is relative to the fixed part of the pattern that found it. `sha256` is that of a local file's content. What
+    is read from elsewhere is identified by what its server says of it: `validator` is `etag:…`, `last-modified:…`, each
+    with the size, or `commit:…`. `bytes` is None where nobody says.
+    """
 
     name: str
-    bytes: int
-    sha256: str
+    bytes: int | None
+    sha256: str | None = None
+    validator: str | None = None
 
 
 class Labels(Record):
@@ -64,6 +70,7 @@ class Labels(Record):
     revision: str | None = None
     model_license: str | None = None
     corpus: tuple[str, ...]
+    corpus_revision: str | None = None
     corpus_license: str | None = None
 
 
@@ -96,6 +103,7 @@ class TokensRecord(Record):
     """Written when every token is stored: from here on block b is exactly tokens [b·T, (b+1)·T).
 
     `content` maps each token array to the SHA-256 of its decoded little-endian bytes; `objects` are the stored ones.
+    `skipped` counts the rows that could not be used, by reason, `dropped` the documents that the spec did not want.
     """
 
     n_tokens: int
@@ -105,3 +113,5 @@ class TokensRecord(Record):
     eos_token_id: int | None
     content: dict[str, str]
     objects: tuple[StoredObject, ...]
+    skipped: dict[str, int] = Field(default_factory=dict)
+    dropped: dict[str, int] = Field(default_factory=dict)

@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from actcache.schemas.canonical import digest
+from actcache.schemas.corpora import Bos, CorpusIdentity, Cutting, Long, Selection, TokenDType
 from actcache.schemas.errors import InvalidInput
 from actcache.schemas.outputs import parse_outputs
 from actcache.schemas.quantised import Kind, Quantisation, parse_kinds
@@ -31,6 +32,7 @@ CAPTURE_VERSION = 1
 
 DType = Literal["float32", "float16", "bfloat16"]
 Positive = Field(default=None, ge=1)
+NotNegative = Field(default=None, ge=0, lt=1 << 63)
 
 
 class Spec(BaseModel):
@@ -39,10 +41,27 @@ class Spec(BaseModel):
     Attributes:
         model: a hub id, or a folder that `save_pretrained` wrote.
         revision: branch, tag or commit of a hub model.
-        corpus: text or `.jsonl[.gz|.zst]` files, globs or folders' globs, in the order to be read. Only an added
-            build needs none.
-        text_field: the field of a JSONL row that holds its text.
-        context: the longest sequence, in tokens; longer documents are split. Default: 1024, or the model's own if shorter.
+        corpus: files by path, `s3://` or `http(s)://`, or globs of them, in the order to be read: text, JSONL, CSV,
+            Parquet, `.npy` or `.bin` tokens; folders that a dataset's `save_to_disk` wrote; `hf://datasets/org/name`.
+            An added build needs none.
+        split, dataset_config: which split (default train) and configuration of a dataset of Hugging Face.
+        text_field: the field of a row that holds its text.
+        tokens_field: the field that holds a row's token ids, if it is tokenised already.
+        messages_field: the field that holds a row's messages, {role, content} each, for the tokenizer's chat template.
+        token_dtype: the dtype of `.bin` files, little-endian; default uint16.
+        split_at_eos: cut `.npy` and `.bin` token files into documents after each EOS.
+        corpus_anonymous: read an S3 corpus without signing requests, for public buckets.
+        strict: stop at the first row that cannot be used, instead of counting it.
+        context: the longest sequence, in tokens. Default: 1024, or the model's own if shorter.
+        long: what becomes of a longer document: `split` into sequences, `truncate` to one, or overlapping windows that
+            begin `stride` tokens after each other.
+        pack: join the documents, each ended by EOS, and cut the stream into sequences of `context` tokens.
+        bos: `tokenizer` as it adds it, `always` before every sequence, `never`.
+        bos_id, eos_id: ids of beginning and end of sequence; default the tokenizer's own.
+        min_tokens, max_document_tokens: shorter or longer documents are dropped.
+        shuffle: seed of a random order of the documents.
+        sample: take this many documents at random.
+        max_documents: stop after this many documents.
         sites: patterns of the sites to store, separated by spaces.
         dtype: stored dtype; `auto` is the compute dtype, so that nothing is lost.
         compute_dtype: dtype of the forward pass; default the checkpoint's.
@@ -64,8 +83,27 @@ class Spec(BaseModel):
     model: str
     corpus: tuple[str, ...] = ()
     revision: str | None = None
+    split: str | None = None
+    dataset_config: str | None = None
     text_field: str = "text"
+    tokens_field: str | None = None
+    messages_field: str | None = None
+    token_dtype: TokenDType | None = None
+    split_at_eos: bool = False
+    corpus_anonymous: bool = False
+    strict: bool = False
     context: int | None = Positive
+    long: Long = "split"
+    stride: int | None = Positive
+    pack: bool = False
+    bos: Bos = "tokenizer"
+    bos_id: int | None = NotNegative
+    eos_id: int | None = NotNegative
+    min_tokens: int | None = Positive
+    max_document_tokens: int | None = Positive
+    shuffle: int | None = NotNegative
+    sample: int | None = Positive
+    max_documents: int | None = Positive
     sites: str = "resid"
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     compute_dtype: DType | None = None
@@ -158,19 +196,9 @@ class ModelIdentity(Record):
 
 
 class TokenizerIdentity(Record):
-    """A tokenizer by the content of its files, and how it is asked for the first and last token."""
+    """A tokenizer by the content of its files."""
 
     files: str
-    bos: Literal["tokenizer"] = "tokenizer"
-
-
-class CorpusIdentity(Record):
-    """A corpus by the content of its files in order."""
-
-    kind: Literal["text", "jsonl"]
-    files: int
-    content: str
-    text_field: str | None = None
 
 
 class Layout(Record):
@@ -193,10 +221,12 @@ class ResolvedSpec(Record):
 
     capture: int
     model: ModelIdentity
-    tokenizer: TokenizerIdentity
+    tokenizer: TokenizerIdentity | None
     corpus: CorpusIdentity
+    selection: Selection = Selection()
     context: int
-    packing: Literal["document"] = "document"
+    packing: Literal["document", "stream"] = "document"
+    cutting: Cutting = Cutting()
     max_tokens: int | None
     sites: tuple[str, ...]
     outputs: tuple[str, ...]
@@ -223,7 +253,7 @@ class ResolvedSpec(Record):
 
     def tokens_key(self) -> str:
         """Equal for datasets that hold the same tokens of the same model, whatever the sites, dtype and layout."""
-        names = ("capture", "model", "tokenizer", "corpus", "context", "packing", "max_tokens")
+        names = ("capture", "model", "tokenizer", "corpus", "selection", "context", "packing", "cutting", "max_tokens")
         whole = self.document()
         return digest({name: whole[name] for name in names})
 

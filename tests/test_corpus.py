@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,13 +16,25 @@ from hypothesis import strategies as st
 
 import actcache as ac
 from actcache.jobs.batches import batches, recomputed_fraction, touching, with_tokens
-from actcache.jobs.corpus import open_corpus
+from actcache.jobs.corpora.corpus import Corpus, open_corpus
+from actcache.jobs.corpora.document import BadRow, Document
 from actcache.jobs.fingerprint import file_sha256
 from actcache.jobs.memory import memory_path
-from actcache.jobs.tokenise import Axis
 from actcache.schemas.plan import BatchRule
 
 ROWS = ["first row", "", "second\nrow with \u2028 and 🦜", "third"]
+
+
+def opened(*patterns: str, **fields: Any) -> Corpus:
+    return open_corpus(ac.Spec(model="m", corpus=patterns, **fields))
+
+
+def documents(*patterns: str, **fields: Any) -> list[Document | BadRow]:
+    return list(opened(*patterns, **fields).documents())
+
+
+def bad_rows(*patterns: str, **fields: Any) -> list[tuple[int, str]]:
+    return [(row.row, row.reason) for row in documents(*patterns, **fields) if isinstance(row, BadRow)]
 
 
 def write_jsonl(path: Path, field: str = "text") -> Path:
@@ -36,19 +50,23 @@ def write_jsonl(path: Path, field: str = "text") -> Path:
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
 def test_jsonl_rows_are_documents(tmp_path: Path, name: str):
-    corpus = open_corpus((str(write_jsonl(tmp_path / name, "body")),), "body")
+    corpus = opened(str(write_jsonl(tmp_path / name, "body")), text_field="body")
     assert corpus.kind == "jsonl"
-    assert [(d.source, d.row, d.text) for d in corpus.documents()] == [(0, i, text) for i, text in enumerate(ROWS)]
+    read = list(corpus.documents())
+    assert [(d.row, d.content) for d in read if isinstance(d, Document)] == [(i, t) for i, t in enumerate(ROWS) if t]
+    assert [(d.row, d.reason) for d in read if isinstance(d, BadRow)] == [(1, "empty")]
 
 
 def test_text_files_are_documents_byte_for_byte(tmp_path: Path):
-    texts = {"b/1.txt": "x\r\ny", "b/c/2.txt": "", "a.txt": "é\n"}
+    texts = {"b/1.txt": "x\r\ny", "b/c/2.txt": "\ufeff", "a.txt": "é\n"}
     for name, text in texts.items():
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_bytes(text.encode())
-    corpus = open_corpus((str(tmp_path / "**/*.txt"), str(tmp_path / "a.txt")), "text")
+    corpus = opened(str(tmp_path / "**/*.txt"), str(tmp_path / "a.txt"))
     assert [source.name for source in corpus.sources] == ["a.txt", "b/1.txt", "b/c/2.txt"]
-    assert [d.text for d in corpus.documents()] == [texts[source.name] for source in corpus.sources]
+    assert [d.content for d in corpus.documents() if isinstance(d, Document)] == [
+        texts[source.name] for source in corpus.sources
+    ]
 
 
 def test_the_identity_is_of_content_and_order(tmp_path: Path):
@@ -56,30 +74,54 @@ def test_the_identity_is_of_content_and_order(tmp_path: Path):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "a.txt").write_text("alpha")
         (tmp_path / folder / "b.txt").write_text("beta")
-    one = open_corpus((f"{tmp_path}/one/*.txt",), "text").identity()
-    assert open_corpus((f"{tmp_path}/two/*.txt",), "text").identity() == one
-    assert open_corpus((f"{tmp_path}/one/b.txt", f"{tmp_path}/one/a.txt"), "text").identity() != one
+    one = opened(f"{tmp_path}/one/*.txt").identity()
+    assert opened(f"{tmp_path}/two/*.txt").identity() == one
+    assert opened(f"{tmp_path}/one/b.txt", f"{tmp_path}/one/a.txt").identity() != one
     (tmp_path / "two" / "a.txt").write_text("alpha!")
-    assert open_corpus((f"{tmp_path}/two/*.txt",), "text").identity() != one
+    assert opened(f"{tmp_path}/two/*.txt").identity() != one
+
+
+BAD = [
+    (b'{"text": "ok"}\n{"text": 3}\n', "wrong type", r"a\.jsonl, line 2: no text in field 'text' \(there is: text\)"),
+    (b'{"body": "x"}\n', "field missing", r"there is: body\); choose with --text-field"),
+    (b'{"text": null}\n', "field missing", r"line 1: no text in field 'text'"),
+    (b"[1]\n", "wrong type", r"line 1: no text .*list"),
+    (b'{"text": "x"\n', "not JSON", r"a\.jsonl, line 1: not JSON"),
+    (b'{"text": "\xff"}\n', "not UTF-8", r"line 1: not UTF-8 text: .* at byte 10"),
+    (b'{"text": ""}\n', "empty", r"line 1: field 'text' is empty"),
+    (b'{"text": "\\ud800"}', "half a surrogate pair", r"line 1: .*half of a surrogate pair"),
+    (b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "not JSON", r"a\.jsonl, line 1"),
+]
+
+
+@pytest.mark.parametrize(("data", "reason", "says"), BAD, ids=[str(i) for i in range(len(BAD))])
+def test_a_bad_row_is_named_with_its_reason(tmp_path: Path, data: bytes, reason: str, says: str):
+    (tmp_path / "a.jsonl").write_bytes(data)
+    (row,) = (row for row in documents(str(tmp_path / "a.jsonl")) if isinstance(row, BadRow))
+    assert row.reason == reason
+    assert re.search(says, row.message)
+
+
+def test_a_file_that_is_no_utf_8_is_a_bad_row(tmp_path: Path):
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe")
+    (row,) = documents(str(tmp_path / "a.txt"))
+    assert isinstance(row, BadRow)
+    assert re.search(r"a\.txt: not UTF-8 text: .* at byte 0", row.message)
 
 
 @pytest.mark.parametrize(
-    ("data", "name", "says"),
+    ("data", "name"),
     [
-        (b'{"text": "ok"}\n{"text": 3}\n', "a.jsonl", r"a\.jsonl, line 2: no text in field 'text' \(there is: text\)"),
-        (b'{"body": "x"}\n', "a.jsonl", r"there is: body\); choose with --text-field"),
-        (b"[1]\n", "a.jsonl", r"line 1: no text .*list"),
-        (b'{"text": "x"\n', "a.jsonl", r"a\.jsonl, line 1: not JSON"),
-        (b"\xff\xfe", "a.txt", r"a\.txt: not UTF-8 text: .* at byte 0"),
-        (b"not gzip", "a.jsonl.gz", r"a\.jsonl\.gz: cannot be read"),
-        (gzip.compress(b'{"text": "x"}\n' * 500, mtime=0)[:-20], "a.jsonl.gz", r"a\.jsonl\.gz: cannot be read"),
-        (b"not zstd", "a.jsonl.zst", r"a\.jsonl\.zst: cannot be read"),
+        (b"not gzip", "a.jsonl.gz"),
+        (gzip.compress(b'{"text": "x"}\n' * 500, mtime=0)[:-20], "a.jsonl.gz"),
+        (b"not zstd", "a.jsonl.zst"),
+        (b"not gzip", "a.csv.gz"),
     ],
 )
-def test_what_cannot_be_read_is_named(tmp_path: Path, data: bytes, name: str, says: str):
+def test_what_cannot_be_read_is_an_error(tmp_path: Path, data: bytes, name: str):
     (tmp_path / name).write_bytes(data)
-    with pytest.raises(ac.InvalidInput, match=says):
-        list(open_corpus((str(tmp_path / name),), "text").documents())
+    with pytest.raises(ac.InvalidInput, match=rf"{re.escape(name)}: cannot be read"):
+        documents(str(tmp_path / name))
 
 
 def test_patterns_that_find_nothing_usable(tmp_path: Path):
@@ -88,15 +130,15 @@ def test_patterns_that_find_nothing_usable(tmp_path: Path):
     for pattern, says in (
         ("*.md", "no such file"),
         ("absent.txt", "no such file"),
-        (".", "a folder; give a glob"),
-        ("*", "mixes JSONL"),
-        ("s3://x/*.txt", "local files"),
+        (".", "a folder, and no dataset .*; give a glob"),
+        ("*", "mixes jsonl and text"),
+        ("ftp://x/*.txt", "local files, s3://"),
     ):
         where = pattern if "://" in pattern else str(tmp_path / pattern)
         with pytest.raises(ac.InvalidInput, match=says):
-            open_corpus((where,), "text")
+            opened(where)
     with pytest.raises(ac.InvalidInput, match="no corpus"):
-        open_corpus((), "text")
+        opened()
 
 
 def test_hashes_are_remembered_and_noticed_when_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -114,33 +156,6 @@ def test_hashes_are_remembered_and_noticed_when_stale(tmp_path: Path, monkeypatc
     assert str(path) in opened
     memory_path().write_bytes(b"this is no database")
     assert file_sha256([path]) == file_sha256([path])
-
-
-@given(st.lists(st.integers(0, 40), min_size=1, max_size=12), st.integers(1, 12), st.data())
-def test_the_token_axis_of_any_documents(lengths: list[int], context: int, data: st.DataObject):
-    """Built the plain way, token by token, it is what the vectorised arrays say."""
-    total = sum(lengths)
-    if total == 0:
-        return
-    plain = [
-        (document, position, position % context, position == 0 or position % context == 0)
-        for document, length in enumerate(lengths)
-        for position in range(length)
-    ]
-    starts = np.cumsum(lengths) - lengths
-    pieces = [np.arange(s, s + n, context) for s, n in zip(starts, lengths, strict=True)]
-    sequence_start = np.append(np.concatenate(pieces), total).astype(np.int64)
-    ids = np.arange(total, dtype=np.int32) % 5
-    axis = Axis(ids, starts.astype(np.int64), sequence_start, np.zeros((len(lengths), 2), np.int64), 1, 1)
-    low = data.draw(st.integers(0, total))
-    high = data.draw(st.integers(low, total))
-    assert axis.rows("document", low, high).tolist() == [p[0] for p in plain[low:high]]
-    assert axis.rows("document_position", low, high).tolist() == [p[1] for p in plain[low:high]]
-    assert axis.rows("position", low, high).tolist() == [p[2] for p in plain[low:high]]
-    sequences = np.cumsum([p[3] for p in plain]) - 1
-    assert axis.rows("sequence", low, high).tolist() == sequences[low:high].tolist()
-    assert axis.rows("special", low, high).tolist() == [3 if i % 5 == 1 else 0 for i in range(low, high)]
-    assert sequence_start.tolist() == [*np.flatnonzero([p[3] for p in plain]).tolist(), total]
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=30), st.integers(1, 25), st.integers(1, 5))
@@ -189,12 +204,13 @@ def test_empty_corpora_and_foreign_tokenizers_are_refused(tmp_path: Path, model:
 def test_a_file_that_changes_after_the_plan_is_refused(tmp_path: Path):
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text(name)
-    corpus = open_corpus((str(tmp_path / "*.txt"),), "text")
-    documents = corpus.documents()
-    assert next(documents).text == "a.txt"
+    rows = opened(str(tmp_path / "*.txt")).documents()
+    first = next(rows)
+    assert isinstance(first, Document)
+    assert first.content == "a.txt"
     (tmp_path / "b.txt").write_text("other")
     with pytest.raises(ac.InvalidInput, match=r"b\.txt: the file changed"):
-        next(documents)
+        next(rows)
 
 
 def test_a_zst_file_that_ends_within_a_frame_is_refused(tmp_path: Path):
@@ -205,18 +221,11 @@ def test_a_zst_file_that_ends_within_a_frame_is_refused(tmp_path: Path):
     data += packer.compress(rows[100_000:]) + packer.flush()
     path = tmp_path / "a.jsonl.zst"
     path.write_bytes(data)
-    assert len(list(open_corpus((str(path),), "text").documents())) == 20_000
+    assert len(documents(str(path))) == 20_000
     for bad in (data[:cut], data[:10], b""):
         path.write_bytes(bad)
         with pytest.raises(ac.InvalidInput, match="ends too soon"):
-            list(open_corpus((str(path),), "text").documents())
-
-
-@pytest.mark.parametrize("line", [b'{"text": "\\ud800"}', b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"])
-def test_rows_that_python_chokes_on(tmp_path: Path, line: bytes):
-    (tmp_path / "a.jsonl").write_bytes(line)
-    with pytest.raises(ac.InvalidInput, match=r"a\.jsonl, line 1"):
-        list(open_corpus((str(tmp_path / "a.jsonl"),), "text").documents())
+            documents(str(path))
 
 
 def test_file_names_that_are_no_text(tmp_path: Path):
@@ -225,8 +234,8 @@ def test_file_names_that_are_no_text(tmp_path: Path):
     name = os.fsencode(tmp_path) + b"/\xff \n[x].txt"
     with open(name, "wb") as file:
         file.write(b"hello")
-    corpus = open_corpus((str(tmp_path / "*.txt"),), "text")
-    assert [d.text for d in corpus.documents()] == ["hello"]
+    corpus = opened(str(tmp_path / "*.txt"))
+    assert [d.content for d in corpus.documents() if isinstance(d, Document)] == ["hello"]
     assert corpus.sources[0].to_bytes()
 
 

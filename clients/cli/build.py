@@ -13,6 +13,7 @@ from actcache.cache.added import seal_finished
 from actcache.cache.seal import seal
 from actcache.cache.store import open_store
 from actcache.clients.cli.common import print_json, writing_options
+from actcache.clients.cli.corpus_options import corpus_options, sequence_options
 from actcache.clients.cli.progress import reporter
 from actcache.jobs.build import STAGES, BuildResult, build
 from actcache.schemas.dtypes import ACTIVATION_DTYPES
@@ -76,9 +77,8 @@ class ManyCorpora(click.Command):
 @click.argument("target", nargs=-1, required=True, metavar="[SPEC.toml] URL")
 @click.option("--model", metavar="M", help="A hub id, or a folder that save_pretrained wrote.")
 @click.option("--revision", metavar="R", help="Branch, tag or commit of a hub model.")
-@click.option("--corpus", multiple=True, metavar="C…", help="Text or .jsonl[.gz|.zst] files, or quoted globs.")
-@click.option("--text-field", metavar="NAME", help="Field of a JSONL row that holds its text.  [default: text]")
-@click.option("--context", type=int, metavar="N", help="Longest sequence in tokens.  [default: 1024, or the model's]")
+@corpus_options
+@sequence_options
 @click.option(
     "--sites", metavar="PATTERN", help="What to store: 'resid', 'all', or globs of site names.  [default: resid]"
 )
@@ -111,7 +111,6 @@ class ManyCorpora(click.Command):
     help="Leave out the exact arrays of the sites; with --quantize.",
 )
 @click.option("--no-head", "head", flag_value=False, default=None, help="Do not store final norm and unembedding.")
-@click.option("--max-tokens", type=int, metavar="N", help="Stop after this many tokens of the corpus.")
 @click.option("--batch-size", type=int, metavar="B", help="Sequences a forward pass.  [default: about 8192 tokens]")
 @click.option("--block-tokens", type=int, metavar="T", help="Tokens a block and shard.  [default: about 64 MiB]")
 @click.option(
