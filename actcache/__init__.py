@@ -10,6 +10,7 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 from actcache.cache import bfloat16 as _bfloat16
+from actcache.schemas.capturable import Capturable
 from actcache.schemas.errors import (
     ActcacheError,
     Corrupt,
@@ -45,6 +46,7 @@ _LAZY = {
 __all__ = [
     "ActcacheError",
     "BuildResult",
+    "Capturable",
     "Corrupt",
     "Dataset",
     "InvalidInput",

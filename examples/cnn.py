@@ -25,7 +25,7 @@ def gratings(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     phase = 2 * torch.pi * torch.rand(count, generator=generator)
     y, x = torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="ij")
     along = angle.cos()[:, None, None] * x + angle.sin()[:, None, None] * y
-    image = torch.sin(along + phase[:, None, None]) + torch.randn(count, SIDE, SIDE, generator=generator)
+    image = torch.sin(along + phase[:, None, None]) + 2.5 * torch.randn(count, SIDE, SIDE, generator=generator)
     return image[:, None], label
 
 

@@ -12,12 +12,13 @@ from actcache.cache.claims import begin
 from actcache.cache.opening import read_plan
 from actcache.cache.roots import newest_root
 from actcache.cache.store import Store
-from actcache.jobs.anatomy import study, torch_half
-from actcache.jobs.checkpoint import Checkpoint, locate
+from actcache.jobs.anatomy import study
 from actcache.jobs.corpora.corpus import open_corpus
 from actcache.jobs.progress import Reporter
-from actcache.jobs.resolve import Chosen, check_layout, layout_of, quantisation
+from actcache.jobs.resolve import ARRANGING, Chosen, check_layout, layout_of, quantisation
 from actcache.jobs.sequences import cutting_of, selection_of
+from actcache.jobs.source import ModelSource, source_of
+from actcache.jobs.torch_half import torch_half
 from actcache.schemas.anatomy import Anatomy
 from actcache.schemas.errors import Corrupt, InvalidInput, SpecMismatch, StoreError
 from actcache.schemas.plan import PLAN_KEY, BatchRule, Labels, ModelShape, Plan, added_records
@@ -27,13 +28,6 @@ from actcache.schemas.spec import CAPTURE_VERSION, Execution, ResolvedSpec, Spec
 
 if TYPE_CHECKING:
     from actcache.jobs.run import Outcome
-
-
-ARRANGING = {
-    *("pack", "long", "stride", "bos", "bos_id", "eos_id"),
-    *("min_tokens", "max_document_tokens", "shuffle", "sample", "max_documents"),
-}
-"""What a spec says of the arrangement of a corpus's tokens."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +56,10 @@ def add(store: Store, spec: Spec, patterns: str | Iterable[str], reporter: Repor
         SpecMismatch: the tokens or the model are others, or an unfinished added build holds one of the sites.
     """
     root = newest_root(store).attributes
-    checkpoint = locate(spec.model, spec.revision)
-    same = _same_tokens(store, spec, checkpoint, root)
+    source = source_of(spec)
+    same = _same_tokens(store, spec, source, root)
     run_as = _execution(spec, same)
-    studied = study(checkpoint, same.model, run_as.compute_dtype, run_as.attention)
+    studied = study(source, same.model, run_as.compute_dtype, run_as.attention)
     anatomy = studied.anatomy
     sites = expand(patterns, anatomy.sites, anatomy.n_layers, anatomy.module_sites)
     while True:
@@ -75,7 +69,7 @@ def add(store: Store, spec: Spec, patterns: str | Iterable[str], reporter: Repor
         if not missing:
             return _nothing_to_do(store, spec, root, sites, outputs)
         wanted = same.model_copy(update={"sites": tuple(missing), "outputs": outputs})
-        plan = _plan(store, spec, checkpoint, anatomy, wanted)
+        plan = _plan(store, spec, source, anatomy, wanted)
         store.probe_create_only(added_records(plan.key))
         grid = begin(store, plan, stored_tokens(store, root))
         if grid is not None:
@@ -84,19 +78,19 @@ def add(store: Store, spec: Spec, patterns: str | Iterable[str], reporter: Repor
     if len(missing) < len(sites):
         reporter.note(f"{len(sites) - len(missing)} of the {len(sites)} sites are there already; the others are added")
     store.clean_staging()
-    outcome = torch_half("run").run_added(store, grid, Chosen(grid.plan, checkpoint, studied), reporter)
+    outcome = torch_half("run").run_added(store, grid, Chosen(grid.plan, source, studied), reporter)
     root = outcome.sealed.root.attributes
     (generation,) = (part for part in root.generations if part.key == grid.plan.key)
     return Added(root, generation, generation.captured, outcome.sealed.by_us, outcome)
 
 
-def _same_tokens(store: Store, spec: Spec, checkpoint: Checkpoint, root: RootAttributes) -> ResolvedSpec:
+def _same_tokens(store: Store, spec: Spec, source: ModelSource, root: RootAttributes) -> ResolvedSpec:
     """The spec of the first build with the model at hand, and with what the spec says of the tokens.
 
     The tokenizer is not looked at: the tokens are stored. Nor is the corpus, unless the spec has one.
     """
     here = root.generations[0].provenance.spec
-    said: dict[str, Any] = {"capture": CAPTURE_VERSION, "model": checkpoint.identity()}
+    said: dict[str, Any] = {"capture": CAPTURE_VERSION, "model": source.identity()}
     said |= {name: value for name in ("context", "max_tokens") if (value := getattr(spec, name)) is not None}
     if spec.corpus:
         said["corpus"] = open_corpus(spec, store.location.endpoint_url, store.location.profile).identity()
@@ -116,7 +110,7 @@ def _same_tokens(store: Store, spec: Spec, checkpoint: Checkpoint, root: RootAtt
     return asked
 
 
-def _plan(store: Store, spec: Spec, checkpoint: Checkpoint, anatomy: Anatomy, same: ResolvedSpec) -> Plan:
+def _plan(store: Store, spec: Spec, source: ModelSource, anatomy: Anatomy, same: ResolvedSpec) -> Plan:
     """The plan of an added build. What it does not ask for is as in the first build, so that bits and blocks fit together."""
     first = read_plan(store)
     if first is None:
@@ -127,9 +121,9 @@ def _plan(store: Store, spec: Spec, checkpoint: Checkpoint, anatomy: Anatomy, sa
         tokens_key=resolved.tokens_key(),
         spec=resolved,
         labels=Labels(
-            model=checkpoint.name,
-            revision=checkpoint.revision,
-            model_license=spec.model_license or checkpoint.license() or first.labels.model_license,
+            model=source.name,
+            revision=source.revision,
+            model_license=spec.model_license or source.license() or first.labels.model_license,
             corpus=first.labels.corpus,
             corpus_license=spec.corpus_license or first.labels.corpus_license,
         ),

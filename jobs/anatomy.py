@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
 from pydantic import ValidationError
 
-from actcache.jobs.checkpoint import Checkpoint
-from actcache.jobs.families import overrides
+from actcache.jobs.families import OWN, overrides
 from actcache.jobs.memory import recall, remember
+from actcache.jobs.source import ModelSource
+from actcache.jobs.torch_half import torch_half
 from actcache.schemas.anatomy import ANATOMY_VERSION, Anatomy
 from actcache.schemas.canonical import digest
 from actcache.schemas.errors import Unsupported
@@ -26,13 +26,16 @@ class Studied:
     model: Any = None
 
 
-def study(checkpoint: Checkpoint, identity: ModelIdentity, compute_dtype: str, attention: str | None) -> Studied:
+def study(source: ModelSource, identity: ModelIdentity, compute_dtype: str, attention: str | None) -> Studied:
     """The anatomy of a model in a compute dtype; `attention` None chooses the best that the family has.
 
     Raises:
         InvalidInput: transformers cannot load the model.
         Unsupported: it cannot be taken apart, or torch and transformers are not installed.
     """
+    if identity.family == OWN:
+        own: Any = source
+        return Studied(own.anatomy(), own.module)
     asked = [
         identity.document(),
         compute_dtype,
@@ -49,8 +52,8 @@ def study(checkpoint: Checkpoint, identity: ModelIdentity, compute_dtype: str, a
         except ValidationError:
             pass  # kept by another version: it is found anew
     module = torch_half("model")
-    model, attention = module.load_model(checkpoint.folder, identity.family, compute_dtype, attention)
-    anatomy: Anatomy = module.look_at(model, attention, checkpoint.name)
+    model, attention = module.load_model(source.folder, identity.family, compute_dtype, attention)
+    anatomy: Anatomy = module.look_at(model, attention, source.name)
     remember(name, anatomy.model_dump_json())
     return Studied(anatomy, model)
 
@@ -60,15 +63,3 @@ def _transformers() -> str:
         return metadata.version("transformers")
     except metadata.PackageNotFoundError:
         raise Unsupported("building needs transformers; pip install 'actcache[jobs]'") from None
-
-
-def torch_half(name: str) -> Any:
-    """A module of `actcache.jobs` that needs torch, which a run that has nothing to do must not wait for.
-
-    Raises:
-        Unsupported: torch or transformers is not installed.
-    """
-    try:
-        return importlib.import_module(f"actcache.jobs.{name}")
-    except ModuleNotFoundError as error:
-        raise Unsupported(f"building needs {error.name}; pip install 'actcache[jobs]'") from None

@@ -15,9 +15,9 @@ from actcache.cache.publish import publish
 from actcache.cache.roots import newest_root
 from actcache.cache.store import Store, open_store
 from actcache.jobs.adding import add
-from actcache.jobs.anatomy import torch_half
 from actcache.jobs.progress import Reporter, Silent
 from actcache.jobs.resolve import Resolved, resolve
+from actcache.jobs.torch_half import torch_half
 from actcache.schemas.errors import InvalidInput, NotFound, NotSealed, SpecMismatch, StoreError, Unsupported
 from actcache.schemas.plan import PLAN_KEY, Plan
 from actcache.schemas.root import RootAttributes

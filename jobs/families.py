@@ -7,6 +7,8 @@ from typing import Any
 
 from actcache.schemas.errors import Unsupported
 
+OWN = "own"
+"""The family of a module of the user's own."""
 OVERRIDES: dict[str, dict[str, Any]] = {
     # Its inference halves the stream every few layers to fit float16: another stream than the one that was trained.
     "rwkv": {"rescale_every": 0},

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from actcache.cache.reader import ArrayReader
 from actcache.cache.store import Store
 from actcache.jobs.batches import Batch, TokenBatch, batches, touching, with_tokens
 from actcache.jobs.inputs import Inputs, ItemInputs, TokenInputs
+from actcache.jobs.items import Items
 from actcache.schemas.grid import Grid
 
 
@@ -61,13 +61,13 @@ class TokenFeed:
 
 
 class ItemFeed:
-    """Items of a user's own: sequence i is `items[i]`, of `positions` rows."""
+    """Items of a user's own: sequence i is item i, of so many positions."""
 
-    def __init__(self, items: Sequence[Any], positions: int, grid: Grid, device: torch.device) -> None:
-        self._items = items
-        self._positions = positions
+    def __init__(self, items: Items, grid: Grid, device: torch.device) -> None:
+        self._items = items.inputs
+        self._positions = items.positions
         self._rule = grid.plan.batches
-        self._sequence_start = np.arange(grid.n_sequences + 1) * positions
+        self._sequence_start = np.arange(grid.n_sequences + 1) * items.positions
         self._device = device
 
     def batches(self, start: int, stop: int) -> list[Batch]:

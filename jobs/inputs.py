@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import nn
 
+from actcache.jobs.head import to_numpy
 from actcache.jobs.trace import first_tensor, forward, vectors
 from actcache.schemas.errors import InvalidInput
 
@@ -118,6 +120,18 @@ class ItemInputs:
                 "share one axis: leave the site out, or average every site with positions=1"
             )
         return tensor
+
+
+def as_array(value: Any, what: str) -> np.ndarray:
+    """A tensor or array as numpy, with the same bits.
+
+    Raises:
+        InvalidInput: it is neither; the message says of `what`.
+    """
+    try:
+        return np.ascontiguousarray(to_numpy(torch.as_tensor(value)))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidInput(f"{what} is not made of tensors: {error}") from None
 
 
 def _stack(rows: Sequence[Any], device: torch.device) -> torch.Tensor:

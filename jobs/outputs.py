@@ -35,7 +35,7 @@ class OutputEncoder:
 
     def __init__(self, layouts: Collection[ArrayLayout], vocabulary: int, pool: Executor) -> None:
         self._encoders = {layout.name: ShardEncoder(layout, pool) for layout in layouts}
-        self._positions = max(1, LOGITS_AT_ONCE // vocabulary)
+        self._positions = max(1, LOGITS_AT_ONCE // max(1, vocabulary))
         self._k = next((layout.shape[1] for layout in layouts if layout.name == TOPK_LOGIT), None)
 
     @property

@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +16,10 @@ from torch import nn
 
 from actcache.jobs.capture import run
 from actcache.jobs.checkpoint import tokenizer_of
+from actcache.jobs.families import OWN
 from actcache.jobs.head import to_numpy
 from actcache.jobs.inputs import ItemInputs
+from actcache.jobs.items import Items
 from actcache.jobs.model import look_at
 from actcache.jobs.parts import ModelParts, device_of
 from actcache.schemas.anatomy import Anatomy, Tap
@@ -29,8 +30,6 @@ from actcache.schemas.grid import TOKEN_ARRAYS
 from actcache.schemas.sites import MODULE
 from actcache.schemas.spec import ModelIdentity, TokenizerIdentity
 
-OWN = "own"
-"""The family of a module of the user's own."""
 SITE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 _LIBRARIES = ("torch", "transformers", "numpy", "builtins", "typing", "collections", "abc")
 
@@ -101,6 +100,11 @@ class OwnModel:
                     f"{self.name}: the source of {name} cannot be read, and it is a part of what the dataset is; "
                     "define it in a file or a notebook's cell"
                 ) from None
+
+    def items(self) -> Items | None:
+        """Its inputs in a corpus's place; None for a language model."""
+        one = self.capturable
+        return None if one.inputs is None else Items(one.name, one.inputs, one.positions)
 
     def tokenizer(self) -> TokenizerIdentity | None:
         """Its tokenizer by the content of its files, None if it has none."""
@@ -181,36 +185,6 @@ class OwnModel:
             lambda site, tensor: widths.update({site: int(tensor.shape[-1])}),
         )
         return {site: widths[site] for site in taps}
-
-
-@dataclass(frozen=True)
-class Items:
-    """The inputs of a user's own module, in a corpus's place."""
-
-    inputs: Sequence[Any]
-
-    def content(self) -> str:
-        """The SHA-256 of every item in order: its names, dtypes, shapes and bytes.
-
-        Raises:
-            InvalidInput: an item is not made of tensors.
-        """
-        hashed = hashlib.sha256()
-        for index in range(len(self.inputs)):
-            for name, value in _parts(self.inputs[index]):
-                try:
-                    array = np.ascontiguousarray(to_numpy(torch.as_tensor(value)))
-                except (TypeError, ValueError, RuntimeError) as error:
-                    raise InvalidInput(f"item {index} of the inputs: not tensors or arrays: {error}") from None
-                hashed.update(f"{name} {array.dtype.name} {array.shape}\n".encode())
-                hashed.update(array.tobytes())
-        return hashed.hexdigest()
-
-
-def _parts(item: Any) -> list[tuple[str, Any]]:
-    if isinstance(item, Mapping):
-        return sorted(item.items())
-    return [(str(index), value) for index, value in enumerate(item if isinstance(item, tuple) else (item,))]
 
 
 def _weights(module: nn.Module) -> str:

@@ -6,21 +6,25 @@ from dataclasses import dataclass
 from glob import has_magic
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
 from actcache.jobs.anatomy import Studied, study
-from actcache.jobs.checkpoint import Checkpoint, locate
 from actcache.jobs.corpora.corpus import Corpus, open_corpus
 from actcache.jobs.corpora.files import printable
 from actcache.jobs.corpora.remote import without_query
+from actcache.jobs.items import Items
 from actcache.jobs.sequences import cutting_of, selection_of
+from actcache.jobs.source import ModelSource, source_of
 from actcache.jobs.special_ids import special_ids
-from actcache.schemas.dtypes import numpy_dtype
+from actcache.schemas.capturable import Capturable
+from actcache.schemas.dtypes import ACTIVATION_DTYPES, numpy_dtype
 from actcache.schemas.errors import InvalidInput
 from actcache.schemas.grid import Grid
 from actcache.schemas.outputs import top_k
 from actcache.schemas.plan import BatchRule, Labels, ModelShape, Plan
 from actcache.schemas.quantised import Quantisation
 from actcache.schemas.sites import expand
-from actcache.schemas.spec import CAPTURE_VERSION, Execution, Layout, ResolvedSpec, Spec
+from actcache.schemas.spec import CAPTURE_VERSION, DType, Execution, Layout, ResolvedSpec, Spec
 
 DEFAULT_CONTEXT = 1024
 SHARD_BYTES = 64 << 20
@@ -28,6 +32,12 @@ CHUNK_BYTES = 512 << 10
 CONTEXTS_PER_BLOCK = 32
 TOKENS_PER_BATCH = 8192
 LABELS = 6
+ITEMS_PER_BATCH = 256
+ARRANGING = {
+    *("pack", "long", "stride", "bos", "bos_id", "eos_id"),
+    *("min_tokens", "max_document_tokens", "shuffle", "sample", "max_documents"),
+}
+"""What a spec says of the arrangement of a corpus's tokens."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +45,7 @@ class Chosen:
     """A plan, and the model's files that it stands for."""
 
     plan: Plan
-    checkpoint: Checkpoint
+    source: ModelSource
     studied: Studied
 
     def check_model(self) -> None:
@@ -44,15 +54,17 @@ class Chosen:
         Raises:
             InvalidInput: one has changed.
         """
-        if self.checkpoint.identity() != self.plan.spec.model:
-            raise InvalidInput(f"{self.checkpoint.folder}: a file changed since the build began; run the command again")
+        if self.source.identity() != self.plan.spec.model:
+            raise InvalidInput(
+                f"{self.source.name}: a file or a weight changed since the build began; run the command again"
+            )
 
 
 @dataclass(frozen=True)
 class Resolved(Chosen):
-    """A plan, and all local files that it stands for."""
+    """A plan, and all that it stands for here: the model's origin, and the corpus or the items of a user's own."""
 
-    corpus: Corpus
+    corpus: Corpus | Items
 
     def check_tokenizer(self) -> None:
         """Check that the tokenizer's files are still those of the plan.
@@ -60,8 +72,8 @@ class Resolved(Chosen):
         Raises:
             InvalidInput: one has changed.
         """
-        if self.checkpoint.tokenizer() != self.plan.spec.tokenizer:
-            raise InvalidInput(f"{self.checkpoint.folder}: a file changed since the build began; run the command again")
+        if self.source.tokenizer() != self.plan.spec.tokenizer:
+            raise InvalidInput(f"{self.source.folder}: a file changed since the build began; run the command again")
 
 
 def resolve(spec: Spec, endpoint_url: str | None = None, profile: str | None = None) -> Resolved:
@@ -72,11 +84,12 @@ def resolve(spec: Spec, endpoint_url: str | None = None, profile: str | None = N
         Unsupported: the model cannot be captured.
         StoreError: a hub or a corpus's server failed.
     """
-    checkpoint = locate(spec.model, spec.revision)
-    corpus = open_corpus(spec, endpoint_url, profile)
-    compute_dtype = spec.compute_dtype or checkpoint.dtype()
-    identity = checkpoint.identity()
-    studied = study(checkpoint, identity, compute_dtype, spec.attention)
+    source = source_of(spec)
+    items: Items | None = source.items() if isinstance(spec.model, Capturable) else None  # type: ignore[attr-defined]
+    corpus = open_corpus(spec, endpoint_url, profile) if items is None else items
+    compute_dtype = _compute_dtype(spec, source)
+    identity = source.identity()
+    studied = study(source, identity, compute_dtype, spec.attention)
     anatomy = studied.anatomy
     shape = ModelShape(
         n_layers=anatomy.n_layers,
@@ -84,15 +97,16 @@ def resolve(spec: Spec, endpoint_url: str | None = None, profile: str | None = N
         vocab_size=anatomy.vocab_size,
         max_context=anatomy.max_context,
     )
-    context = _context(spec, shape)
-    _check_outputs(spec, shape)
+    context = _context(spec, shape) if items is None else items.positions
+    _check_items(spec) if items is not None else _check_outputs(spec, shape)
     sites = tuple(expand(spec.sites, anatomy.sites, anatomy.n_layers, anatomy.module_sites))
     stored_dtype = compute_dtype if spec.dtype == "auto" else spec.dtype
     batch_size = spec.batch_size or max(1, TOKENS_PER_BATCH // context)
+    batch_size = batch_size if items is None or spec.batch_size else min(batch_size, ITEMS_PER_BATCH)
     resolved = ResolvedSpec(
         capture=CAPTURE_VERSION,
         model=identity,
-        tokenizer=checkpoint.tokenizer(),
+        tokenizer=source.tokenizer(),
         corpus=corpus.identity(),
         selection=selection_of(spec),
         context=context,
@@ -102,7 +116,7 @@ def resolve(spec: Spec, endpoint_url: str | None = None, profile: str | None = N
         sites=sites,
         outputs=spec.outputs,
         quantize=quantisation(spec),
-        head=spec.head,
+        head=spec.head and bool(anatomy.head),
         stored_dtype=stored_dtype,
         execution=Execution(compute_dtype=compute_dtype, attention=anatomy.attention, batch_size=batch_size),
         layout=layout_of(spec, shape, context, stored_dtype),
@@ -112,10 +126,10 @@ def resolve(spec: Spec, endpoint_url: str | None = None, profile: str | None = N
         tokens_key=resolved.tokens_key(),
         spec=resolved,
         labels=Labels(
-            model=checkpoint.name,
-            revision=checkpoint.revision,
-            model_license=spec.model_license or checkpoint.license(),
-            corpus=_corpus_labels(spec.corpus),
+            model=source.name,
+            revision=source.revision,
+            model_license=spec.model_license or source.license(),
+            corpus=_corpus_labels(spec.corpus) if items is None else (f"inputs of {items.name}",),
             corpus_revision=corpus.revision,
             corpus_license=spec.corpus_license,
         ),
@@ -125,8 +139,27 @@ def resolve(spec: Spec, endpoint_url: str | None = None, profile: str | None = N
         sources=corpus.sources,
     )
     check_layout(plan)
-    _check_tokenizer(plan, corpus, str(checkpoint.folder))
-    return Resolved(plan, checkpoint, studied, corpus)
+    if isinstance(corpus, Corpus):
+        _check_tokenizer(plan, corpus, source)
+    return Resolved(plan, source, studied, corpus)
+
+
+def _compute_dtype(spec: Spec, source: ModelSource) -> DType:
+    """The dtype of the forward pass."""
+    own = source.dtype()
+    of_own = isinstance(spec.model, Capturable)
+    if of_own and (own not in ACTIVATION_DTYPES or spec.compute_dtype not in (None, own)):
+        raise InvalidInput(
+            f"{source.name}: the module computes in {own}; convert it, as with module.to(torch.float32), to compute in another"
+        )
+    return TypeAdapter(DType).validate_python(spec.compute_dtype or own)
+
+
+def _check_items(spec: Spec) -> None:
+    """Refuse what has no meaning where a module has inputs of its own."""
+    given = sorted(spec.model_fields_set & {*ARRANGING, "corpus", "context", "max_tokens", "outputs", "text_field"})
+    if given:
+        raise InvalidInput(f"the module has inputs of its own, so {', '.join(given)} has no meaning; leave it out")
 
 
 def layout_of(spec: Spec, shape: ModelShape, context: int, stored_dtype: str) -> Layout:
@@ -189,13 +222,13 @@ def _check_outputs(spec: Spec, shape: ModelShape) -> None:
         )
 
 
-def _check_tokenizer(plan: Plan, corpus: Corpus, where: str) -> None:
+def _check_tokenizer(plan: Plan, corpus: Corpus, source: ModelSource) -> None:
     """Refuse, before anything is stored, what cannot be done without a tokenizer where there is none."""
     if plan.spec.tokenizer is not None:
         return
     if corpus.holds != "tokens":
         raise InvalidInput(
-            f"{where}: no tokenizer (tokenizer.json and its kin) beside the model; "
+            f"{source.folder}: no tokenizer (tokenizer.json and its kin) beside the model; "
             "put its files there, or give a corpus that is tokenised already (.npy, .bin, --tokens-field)"
         )
     special_ids(plan.spec, corpus, None)

@@ -20,8 +20,10 @@ from actcache.jobs.blocks import BlockRunner
 from actcache.jobs.determinism import deterministic
 from actcache.jobs.encode import load_tokenizer
 from actcache.jobs.environment import environment
-from actcache.jobs.feeds import Feed, TokenFeed
+from actcache.jobs.families import OWN
+from actcache.jobs.feeds import Feed, ItemFeed, TokenFeed
 from actcache.jobs.head import head_parts
+from actcache.jobs.items import Items
 from actcache.jobs.model import load_model
 from actcache.jobs.parts import ModelParts
 from actcache.jobs.pool import BoundedPool
@@ -34,7 +36,7 @@ from actcache.schemas.array import head_group
 from actcache.schemas.canonical import canonical, sha256
 from actcache.schemas.errors import NotFound
 from actcache.schemas.grid import Grid
-from actcache.schemas.plan import StoredObject
+from actcache.schemas.plan import StoredObject, TokensRecord
 from actcache.schemas.receipt import HEAD_RECEIPT, HeadArray, HeadReceipt, Receipt, receipt_key, receipts_of
 from actcache.schemas.root import ROOT_KEY
 
@@ -64,21 +66,28 @@ def run_plan(store: Store, resolved: Resolved, reporter: Reporter, tokenise_only
     pool = BoundedPool()
     try:
         reporter.progress(Progress("tokenise"))
-        tokens = tokenise(
-            store,
-            plan,
-            resolved.corpus,
-            lambda: _tokenizer(resolved),
-            pool,
-            lambda count: reporter.progress(Progress("tokenise", count)),
-            reporter.note,
-        )
+        tokens = _tokens(store, resolved, pool, reporter)
         grid = Grid.of(plan, tokens)
         if tokenise_only:
             return Outcome(None, 0, 0, _recomputed(grid, _sequence_start(store, grid)))
         return _capture(store, grid, resolved, reporter, pool, began)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _tokens(store: Store, resolved: Resolved, pool: BoundedPool, reporter: Reporter) -> TokensRecord:
+    """The token axis, stored."""
+    if isinstance(resolved.corpus, Items):
+        return resolved.corpus.store(store, pool)
+    return tokenise(
+        store,
+        resolved.plan,
+        resolved.corpus,
+        lambda: _tokenizer(resolved),
+        pool,
+        lambda count: reporter.progress(Progress("tokenise", count)),
+        reporter.note,
+    )
 
 
 @deterministic()
@@ -148,7 +157,7 @@ def loaded_parts(chosen: Chosen) -> ModelParts:
     spec, model = chosen.plan.spec, chosen.studied.model
     if model is None:
         execution = spec.execution
-        model, _ = load_model(chosen.checkpoint.folder, spec.model.family, execution.compute_dtype, execution.attention)
+        model, _ = load_model(chosen.source.folder, spec.model.family, execution.compute_dtype, execution.attention)
     chosen.check_model()
     return ModelParts(model, chosen.studied.anatomy)
 
@@ -156,13 +165,16 @@ def loaded_parts(chosen: Chosen) -> ModelParts:
 def _tokenizer(resolved: Resolved) -> Any:
     if resolved.plan.spec.tokenizer is None:
         return None
-    tokenizer = load_tokenizer(resolved.checkpoint.folder)
+    tokenizer = load_tokenizer(resolved.source.folder)
     resolved.check_tokenizer()
     return tokenizer
 
 
 def feed_of(store: Store, grid: Grid, chosen: Chosen, sequence_start: np.ndarray, parts: ModelParts) -> Feed:
     """Where the inputs of a plan come from: the stored tokens, or the items of a user's own module."""
+    items = chosen.source.items() if grid.plan.spec.model.family == OWN else None  # type: ignore[attr-defined]
+    if items is not None:
+        return ItemFeed(items, grid, parts.device)
     return TokenFeed(store, grid, sequence_start, parts.device)
 
 

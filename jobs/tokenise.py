@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
@@ -13,8 +12,6 @@ from typing import Any
 import numpy as np
 
 from actcache.cache.lease import Lease
-from actcache.cache.publish import publish, publish_metadata, publish_shard
-from actcache.cache.shards import encode_shard
 from actcache.cache.store import Store
 from actcache.jobs.arrange import DOCUMENTS_AT_ONCE, Rules, arrange
 from actcache.jobs.axis import Axis
@@ -24,9 +21,10 @@ from actcache.jobs.encode import Encoder
 from actcache.jobs.selection import ranks
 from actcache.jobs.special_ids import SpecialIds, special_ids
 from actcache.jobs.spool import Spool
-from actcache.schemas.errors import InvalidInput, SpecMismatch
+from actcache.jobs.store_axis import store_axis
+from actcache.schemas.errors import InvalidInput
 from actcache.schemas.grid import token_layouts
-from actcache.schemas.plan import TOKENS_KEY, Plan, StoredObject, TokensRecord
+from actcache.schemas.plan import TOKENS_KEY, Plan, TokensRecord
 
 Note = Callable[[str], None]
 
@@ -198,41 +196,15 @@ def _told(made: Made) -> str:
 def _store(store: Store, made: Made, pool: Executor) -> TokensRecord:
     axis, arranged = made.axis, made.axis.arranged
     n_tokens, n_sequences = arranged.n_tokens, len(arranged.sequence_start) - 1
-    layouts = token_layouts(n_tokens, n_sequences, arranged.n_documents)
-    objects: list[StoredObject] = []
-    content: dict[str, str] = {}
-    for name, layout in layouts.items():
-        objects.append(publish_metadata(store, layout))
-        hashed = hashlib.sha256()
-        for index in range(layout.n_shards):
-            rows = np.ascontiguousarray(axis.rows(name, *layout.shard_range(index)))
-            hashing = pool.submit(hashed.update, rows.data)  # meanwhile the same rows are packed and stored
-            shard = publish_shard(store, layout, index, encode_shard(layout, rows, pool))
-            hashing.result()
-            if shard.kept is not None:
-                raise SpecMismatch(
-                    f"{store.location.child(layout.shard_key(index))}: holds other tokens than this tokenizer makes; "
-                    "another version of it began this build: use that one, or build into another URL"
-                )
-            objects.append(shard.stored)
-        content[name] = hashed.hexdigest()
     record = TokensRecord(
         n_tokens=n_tokens,
         n_sequences=n_sequences,
         n_documents=arranged.n_documents,
         bos_token_id=axis.bos,
         eos_token_id=axis.eos,
-        content=content,
-        objects=tuple(objects),
+        content={},
+        objects=(),
         skipped=made.skipped,
         dropped=made.dropped,
     )
-    published = publish(store, TOKENS_KEY, record.to_bytes())
-    if published.other is None:
-        return record
-    theirs = TokensRecord.from_bytes(bytes(published.other), str(store.location.child(TOKENS_KEY)))
-    if theirs.content != record.content:
-        raise SpecMismatch(
-            f"{store.location.child(TOKENS_KEY)}: another build stored other tokens here; build into another URL"
-        )
-    return theirs
+    return store_axis(store, token_layouts(n_tokens, n_sequences, arranged.n_documents), axis.rows, record, pool)

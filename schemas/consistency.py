@@ -30,7 +30,8 @@ def inconsistency(root: RootAttributes, layouts: Mapping[str, ArrayLayout]) -> s
 
 def _problems(root: RootAttributes, layouts: Mapping[str, ArrayLayout]) -> Iterator[str]:
     yield from _of_generations(root)
-    for name, wanted in token_layouts(root.n_tokens, root.n_sequences, root.n_documents).items():
+    of_tokens = root.generations[0].provenance.spec.corpus.kind != "items"
+    for name, wanted in token_layouts(root.n_tokens, root.n_sequences, root.n_documents, of_tokens).items():
         yield from _differs(name, layouts, wanted.shape, (wanted.dtype,))
     stream = set(residual_stream(min(root.generations[0].provenance.model.n_layers, len(root.captured))))
     exact, widths = set(root.sites), {}

@@ -6,7 +6,7 @@ from typing import Literal
 
 from actcache.schemas.record import Record
 
-CorpusKind = Literal["text", "jsonl", "csv", "parquet", "npy", "bin", "saved dataset", "hub dataset"]
+CorpusKind = Literal["text", "jsonl", "csv", "parquet", "npy", "bin", "saved dataset", "hub dataset", "items"]
 TokenDType = Literal["uint16", "uint32"]
 Bos = Literal["tokenizer", "always", "never"]
 Long = Literal["split", "truncate", "stride"]
@@ -16,8 +16,9 @@ class CorpusIdentity(Record):
     """A corpus by the content of its files in order, or by the commit of its repository, and what is taken from a row.
 
     `content` is a digest of what identifies each source: SHA-256 of a local file, validator of a remote one, commit of
-    a hub dataset with its configuration and split. One of the three fields is set where rows have fields.
-    `token_dtype` is that of raw token files; `split_at_eos` says that token files are cut into documents after each EOS.
+    a hub dataset with its configuration and split; of `items`, the inputs of a module of the user's own, their bytes. One of the
+    three fields is set where rows have fields. `token_dtype` is that of raw token files; `split_at_eos` says that token files
+    are cut into documents after each EOS.
     """
 
     kind: CorpusKind

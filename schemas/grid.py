@@ -137,7 +137,8 @@ class Grid:
 
     def token_arrays(self) -> dict[str, ArrayLayout]:
         """Every array that tokenising writes."""
-        return token_layouts(self.n_tokens, self.n_sequences, self.n_documents)
+        of_tokens = self.plan.spec.corpus.kind != "items"
+        return token_layouts(self.n_tokens, self.n_sequences, self.n_documents, of_tokens)
 
     def statistics(self) -> dict[str, int]:
         """Each site's width, in the order of a block's statistics object."""
@@ -149,14 +150,18 @@ def width_dimension(width: int, d_model: int) -> str:
     return "d_model" if width == d_model else f"width_{width}"
 
 
-def token_layouts(n_tokens: int, n_sequences: int, n_documents: int) -> dict[str, ArrayLayout]:
-    """The arrays of the token axis and its owners."""
+def token_layouts(n_tokens: int, n_sequences: int, n_documents: int, of_tokens: bool = True) -> dict[str, ArrayLayout]:
+    """The arrays of the token axis and its owners; items of a user's own have no ids and no special flags."""
 
     def layout(name: str, shape: tuple[int, ...], dtype: str, dimensions: tuple[str, ...]) -> ArrayLayout:
         attributes = {"meaning": _MEANING[name]}
         return ArrayLayout(name, shape, dtype, TOKEN_SHARD_ROWS, TOKEN_CHUNK_ROWS, dimensions, attributes)
 
-    arrays = {name: layout(name, (n_tokens,), dtype, ("token",)) for name, dtype in TOKEN_DTYPES.items()}
+    arrays = {
+        name: layout(name, (n_tokens,), dtype, ("token",))
+        for name, dtype in TOKEN_DTYPES.items()
+        if of_tokens or name not in ("token_id", "special")
+    }
     arrays["sequence_start"] = layout("sequence_start", (n_sequences + 1,), "int64", ("sequence_edge",))
     arrays["document_row"] = layout("document_row", (n_documents, 2), "int64", ("document_index", "source_and_row"))
     return arrays

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    InstanceOf,
     SerializerFunctionWrapHandler,
     ValidationError,
+    WithJsonSchema,
     field_validator,
     model_serializer,
 )
 
 from actcache.schemas.canonical import digest
+from actcache.schemas.capturable import Capturable
 from actcache.schemas.corpora import Bos, CorpusIdentity, Cutting, Long, Selection, TokenDType
 from actcache.schemas.errors import InvalidInput
 from actcache.schemas.outputs import parse_outputs
@@ -39,7 +42,7 @@ class Spec(BaseModel):
     """What to build, as a user says it; the same names serve the command line, TOML files and Python.
 
     Attributes:
-        model: a hub id, or a folder that `save_pretrained` wrote.
+        model: a hub id, or a folder that `save_pretrained` wrote; in Python also a `Capturable`.
         revision: branch, tag or commit of a hub model.
         corpus: files by path, `s3://` or `http(s)://`, or globs of them, in the order to be read: text, JSONL, CSV,
             Parquet, `.npy` or `.bin` tokens; folders that a dataset's `save_to_disk` wrote; `hf://datasets/org/name`.
@@ -80,7 +83,7 @@ class Spec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
-    model: str
+    model: Annotated[str | InstanceOf[Capturable], WithJsonSchema({"type": "string"})]
     corpus: tuple[str, ...] = ()
     revision: str | None = None
     split: str | None = None

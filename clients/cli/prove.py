@@ -7,7 +7,7 @@ import dataclasses
 import click
 
 from actcache.clients.cli.common import debug_option, json_option, print_json
-from actcache.jobs.anatomy import torch_half
+from actcache.jobs.torch_half import torch_half
 from actcache.schemas.dtypes import ACTIVATION_DTYPES
 
 

@@ -1,0 +1,64 @@
+"""Where a build's model comes from: a checkpoint's folder, or a module of the user's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from actcache.jobs.checkpoint import locate
+from actcache.jobs.torch_half import torch_half
+from actcache.schemas.capturable import Capturable
+from actcache.schemas.spec import ModelIdentity, Spec, TokenizerIdentity
+
+
+class ModelSource(Protocol):
+    """What a plan asks of a model's origin."""
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        ...
+
+    @property
+    def revision(self) -> str | None:
+        """The commit that it was pinned to, if it came from a hub."""
+        ...
+
+    @property
+    def family(self) -> str:
+        """Its `model_type`."""
+        ...
+
+    @property
+    def folder(self) -> Path:
+        """Where its tokenizer's files are, and its own if it has any."""
+        ...
+
+    def identity(self) -> ModelIdentity:
+        """The model by its content."""
+        ...
+
+    def tokenizer(self) -> TokenizerIdentity | None:
+        """The tokenizer by the content of its files, None if it has none."""
+        ...
+
+    def dtype(self) -> str:
+        """The dtype that it computes in by itself."""
+        ...
+
+    def license(self) -> str | None:
+        """Its licence, as far as it is stated."""
+        ...
+
+
+def source_of(spec: Spec) -> ModelSource:
+    """Find a spec's model.
+
+    Raises:
+        InvalidInput: there is no such folder or model, or a module of the user's own cannot be used.
+        StoreError: the hub cannot be reached.
+    """
+    if isinstance(spec.model, Capturable):
+        own: ModelSource = torch_half("own").OwnModel(spec.model)
+        return own
+    return locate(spec.model, spec.revision)

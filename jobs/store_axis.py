@@ -1,0 +1,55 @@
+"""Storing the token axis: every array of it, then the record that ends the tokenising."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
+
+import numpy as np
+
+from actcache.cache.publish import publish, publish_metadata, publish_shard
+from actcache.cache.shards import encode_shard
+from actcache.cache.store import Store
+from actcache.schemas.array import ArrayLayout
+from actcache.schemas.errors import SpecMismatch
+from actcache.schemas.plan import TOKENS_KEY, StoredObject, TokensRecord
+
+Rows = Callable[[str, int, int], np.ndarray]
+
+
+def store_axis(
+    store: Store, layouts: Mapping[str, ArrayLayout], rows_of: Rows, record: TokensRecord, pool: Executor
+) -> TokensRecord:
+    """Store the arrays, whose rows [start, stop) `rows_of(name, start, stop)` gives, and `record` with their hashes.
+
+    Raises:
+        SpecMismatch: others are stored there.
+    """
+    objects: list[StoredObject] = []
+    content: dict[str, str] = {}
+    for name, layout in layouts.items():
+        objects.append(publish_metadata(store, layout))
+        hashed = hashlib.sha256()
+        for index in range(layout.n_shards):
+            rows = np.ascontiguousarray(rows_of(name, *layout.shard_range(index)))
+            hashing = pool.submit(hashed.update, rows.data)  # meanwhile the same rows are packed and stored
+            shard = publish_shard(store, layout, index, encode_shard(layout, rows, pool))
+            hashing.result()
+            if shard.kept is not None:
+                raise SpecMismatch(
+                    f"{store.location.child(layout.shard_key(index))}: holds other tokens than this tokenizer makes; "
+                    "another version of it began this build: use that one, or build into another URL"
+                )
+            objects.append(shard.stored)
+        content[name] = hashed.hexdigest()
+    record = record.model_copy(update={"content": content, "objects": tuple(objects)})
+    published = publish(store, TOKENS_KEY, record.to_bytes())
+    if published.other is None:
+        return record
+    theirs = TokensRecord.from_bytes(bytes(published.other), str(store.location.child(TOKENS_KEY)))
+    if theirs.content != record.content:
+        raise SpecMismatch(
+            f"{store.location.child(TOKENS_KEY)}: another build stored other tokens here; build into another URL"
+        )
+    return theirs
