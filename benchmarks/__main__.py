@@ -18,7 +18,7 @@ from pathlib import Path
 from benchmarks.material import THREADS, Material
 from benchmarks.ratio import Result
 
-NAMES = ("build", "writer", "s3_upload", "read", "chunks", "start")
+NAMES = ("build", "writer", "quantise", "s3_upload", "read", "chunks", "start")
 QUIET = {
     "HF_HUB_OFFLINE": "1",
     "PYTHONWARNINGS": "ignore",

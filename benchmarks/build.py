@@ -17,12 +17,11 @@ from actcache.cache.reader import ArrayReader
 from actcache.cache.store import Store, open_store
 from actcache.jobs.batches import Batch
 from actcache.jobs.blocks import BlockRunner
-from actcache.jobs.model import load_parts
 from actcache.jobs.parts import ModelParts
 from actcache.jobs.pool import BoundedPool
 from actcache.jobs.progress import Silent
 from actcache.jobs.resolve import Resolved, resolve
-from actcache.jobs.run import _Blocks
+from actcache.jobs.run import _Blocks, loaded_parts
 from actcache.jobs.tokenise import load_tokenizer, tokenise
 from actcache.schemas.grid import Grid
 from actcache.schemas.plan import PLAN_KEY
@@ -55,7 +54,7 @@ def run(material: Material) -> Iterator[Result]:
 
 
 def _compare(material: Material, name: str, resolved: Resolved, goal: float | None) -> Iterator[Result]:
-    parts = load_parts(resolved.checkpoint.folder, resolved.plan.spec)
+    parts = loaded_parts(resolved)
     with tempfile.TemporaryDirectory(prefix="actcache-benchmarks-", dir=material.memory) as folder:
         times, tokens = _times(material.seconds, resolved, parts, _stores(Path(folder)))
     for peer in (FULL, BACKBONE):
@@ -82,7 +81,7 @@ def _times(seconds: float, resolved: Resolved, parts: ModelParts, stores: Iterat
         {
             FULL: timed(lambda: _forward(parts.model, batches)),
             "build": build,
-            BACKBONE: timed(lambda: _forward(parts.backbone, batches)),
+            BACKBONE: timed(lambda: _forward(parts.model.get_submodule(parts.model.base_model_prefix), batches)),
         },
         seconds,
     )

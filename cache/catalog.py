@@ -84,14 +84,14 @@ def _entry(location: Location) -> Entry:
             return _described(url, "building", plan)
         generation = root.attributes.generations[0]
         labels = generation.provenance.labels
-        dtypes = dict.fromkeys(root.layouts[site].dtype for site in root.attributes.sites)
+        stored_as = dict.fromkeys(part.provenance.spec.stored_as for part in root.attributes.generations)
         return Entry(
             url,
             "sealed",
             labels.model,
             labels.corpus,
-            ", ".join(dtypes),
-            tuple(root.attributes.sites),
+            ", ".join(stored_as),
+            tuple(root.attributes.captured),
             root.attributes.n_tokens,
             generation.key,
         )
@@ -101,4 +101,4 @@ def _entry(location: Location) -> Entry:
 
 def _described(url: str, state: State, plan: Plan) -> Entry:
     spec = plan.spec
-    return Entry(url, state, plan.labels.model, plan.labels.corpus, spec.stored_dtype, spec.sites, None, plan.key)
+    return Entry(url, state, plan.labels.model, plan.labels.corpus, spec.stored_as, spec.sites, None, plan.key)

@@ -39,7 +39,8 @@ class Claim:
     @property
     def folders(self) -> tuple[str, ...]:
         """Where all that it stores lies, and nothing else does."""
-        arrays = [*self.sites, *self.outputs, *(f"statistics/{site}" for site in self.sites)]
+        groups = [name.split("/")[0] for name in self.outputs]  # of `topk/logit` the whole of `topk`
+        arrays = [*self.sites, *groups, *(f"statistics/{site}" for site in self.sites)]
         return (f"{NORMS}{self.number}/", added_records(self.key), *(f"{name}/" for name in arrays))
 
 
@@ -61,7 +62,8 @@ def begin(store: Store, plan: Plan, tokens: TokensRecord) -> Grid | None:
     Raises:
         SpecMismatch: another added build, which is not finished, holds one of the names.
     """
-    names = {*plan.spec.sites, *(output.name for output in Grid.of(plan, tokens).outputs())}
+    wanted = Grid.of(plan, tokens)
+    names = {*plan.spec.sites, *wanted.quantised, *wanted.outputs}
     while True:
         root = newest_root(store)
         if names & set(root.attributes.arrays):

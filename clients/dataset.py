@@ -15,10 +15,12 @@ from actcache.cache.opening import SealedRoot, read_head, read_root
 from actcache.cache.reader import ArrayReader
 from actcache.cache.store import Store, open_store
 from actcache.clients.lazy import lazy_array
+from actcache.clients.quantised import QuantisedForm, lazy_values, quantised_forms
 from actcache.clients.summary import html_summary, printable, summary
 from actcache.schemas.dtypes import numpy_dtype
 from actcache.schemas.errors import InvalidInput, NotFound
 from actcache.schemas.plan import ModelShape
+from actcache.schemas.quantised import KINDS, Damage
 from actcache.schemas.root import Generation, Provenance
 from actcache.schemas.sites import residual_stream
 
@@ -61,7 +63,8 @@ class Dataset:
 
     Attributes:
         url: where it is.
-        sites: names of the activation sites, in model order.
+        sites: names of the activation sites whose values are stored as they are, in model order.
+        quantised: the kinds in which each site is stored quantised, by site.
         n_tokens, n_sequences, n_documents, d_model: sizes.
         tokens: the small arrays of the token axis, a lazy mapping of numpy arrays.
         provenance: where it comes from; of what added builds stored, see `generations`.
@@ -74,6 +77,8 @@ class Dataset:
         attributes = root.attributes
         self.url = store.location.url
         self.sites: list[str] = attributes.sites
+        self._forms = quantised_forms(root)
+        self.quantised: dict[str, tuple[str, ...]] = {site: tuple(forms) for site, forms in self._forms.items()}
         self.n_tokens = attributes.n_tokens
         self.n_sequences = attributes.n_sequences
         self.n_documents = attributes.n_documents
@@ -87,14 +92,14 @@ class Dataset:
         self.tokens: Mapping[str, np.ndarray] = TokenArrays(store, root)
 
     def __getitem__(self, name: str) -> da.Array:
-        """A site, or any other array of the dataset, as a lazy Dask array; floating-point values as float32.
+        """A site, or any other array of the dataset, as a lazy Dask array; a site's values as float32.
 
         A site's shape is (token, d_model), one Dask chunk a shard. Slices read only the chunks that they touch.
 
         Raises:
-            NotFound: no array of that name.
+            NotFound: no array of that name, or a site that is stored in quantised form alone: `site` gives that.
         """
-        return self.site(name) if name in self.sites else self._array(name, None)
+        return self.site(name) if name in self.sites or name in self._forms else self._array(name, None)
 
     def __contains__(self, name: object) -> bool:
         """Whether there is an array of that name."""
@@ -108,20 +113,22 @@ class Dataset:
         """A dataset travels as its location: without credentials, which are found anew where it arrives."""
         return _reopen, (self._store.location,)
 
-    def site(self, name: str, dtype: Literal["float32", "stored"] = "float32") -> da.Array:
-        """A site as a lazy Dask array (token, d_model), float32 or as stored.
+    def site(self, name: str, dtype: Literal["float32", "stored", "int8", "fp8"] = "float32") -> da.Array:
+        """A site as a lazy Dask array (token, d_model), float32 or as stored, or the values of a quantised form, float32.
 
-        numpy sums float16 and bfloat16 in their own precision, which is silently wrong; hence float32 by default.
+        numpy sums float16 and bfloat16 in their own precision, which is silently wrong; hence float32 by default. The values of
+        a quantised form differ from the exact ones by what `damage` tells, so they are given to who asks for them alone.
 
         Raises:
-            NotFound: no site of that name.
+            NotFound: no site of that name, or it is not stored in that form.
             InvalidInput: another dtype.
         """
-        if name not in self.sites:
-            near = ", ".join(self.sites[:4]) + (", …" if len(self.sites) > 4 else "")
-            raise NotFound(f"{self.url}: no site {name!r}; there is {near} (ds.sites lists all)")
+        if dtype in KINDS:
+            return lazy_values(self._store.location, self.manifest, self._form(name, dtype))
         if dtype not in ("float32", "stored"):
-            raise InvalidInput(f"dtype {dtype!r} is neither 'float32' nor 'stored'")
+            raise InvalidInput(f"dtype {dtype!r} is none of 'float32', 'stored', {', '.join(map(repr, KINDS))}")
+        if name not in self.sites:
+            raise self._no_site(name)
         return self._array(name, None if dtype == "stored" else numpy_dtype("float32"))
 
     def _array(self, name: str, dtype: np.dtype | None) -> da.Array:
@@ -130,10 +137,41 @@ class Dataset:
         generation = self.generations[self._root.attributes.arrays[name].generation]
         return lazy_array(self._store.location, generation.manifest, self._root.layouts[name], dtype)
 
+    def damage(self, name: str, kind: str) -> Damage | None:
+        """What quantising did to a site, measured over every token when the dataset was built; None if it is not recorded.
+
+        Raises:
+            NotFound: no site of that name, or it is not stored in that form.
+        """
+        return self._form(name, kind).damage
+
+    def _form(self, name: str, kind: str) -> QuantisedForm:
+        if name not in self.sites and name not in self._forms:
+            raise self._no_site(name)
+        forms = self._forms.get(name, {})
+        if kind not in forms:
+            there = ", ".join(forms) or "no quantised form"
+            raise NotFound(
+                f"{self.url}: site {name!r} is not stored as {kind!r}; there is {there} (ds.quantised lists all)"
+            )
+        return forms[kind]
+
+    def _no_site(self, name: str) -> NotFound:
+        if name in self._forms:
+            kinds = list(self._forms[name])
+            return NotFound(
+                f"{self.url}: site {name!r} is stored in quantised form alone ({', '.join(kinds)}); "
+                f"ds.site({name!r}, dtype={kinds[0]!r}) gives its values to within that damage"
+            )
+        sites = self.sites or list(self._forms)
+        near = ", ".join(sites[:4]) + (", …" if len(sites) > 4 else "")
+        listed = "ds.sites" if self.sites else "ds.quantised"
+        return NotFound(f"{self.url}: no site {name!r}; there is {near} ({listed} lists all)")
+
     @property
     def residual_sites(self) -> list[str]:
-        """The sites of the residual stream that the dataset has: the embedding, then each block's output."""
-        return [site for site in residual_stream(self.model.n_layers) if site in self.sites]
+        """The sites of the residual stream that the dataset has in any form: the embedding, then each block's output."""
+        return [site for site in residual_stream(self.model.n_layers) if site in self.sites or site in self._forms]
 
     @property
     def resid(self) -> da.Array:
@@ -147,6 +185,8 @@ class Dataset:
         wanted = residual_stream(self.model.n_layers)
         missing = [site for site in wanted if site not in self.sites]
         if missing:
+            if missing[0] in self._forms:
+                raise self._no_site(missing[0])
             raise NotFound(f"{self.url}: ds.resid needs every residual state, and {missing[0]!r} was not stored")
         stacked: da.Array = da.stack([self.site(site) for site in wanted])  # type: ignore[no-untyped-call]
         return stacked
@@ -158,13 +198,13 @@ class Dataset:
 
     @cached_property
     def norm(self) -> dict[str, np.ndarray]:
-        """L2 norm of every stored vector by site, each (token,), float32."""
+        """L2 norm of every vector by site, each (token,), float32: as stored, or as it was before it was quantised alone."""
         columns: dict[str, np.ndarray] = {}
         for name, role in self._root.attributes.arrays.items():
             if role.role == "norm":
                 layout = self._root.layouts[name]
                 rows = ArrayReader(self._store, layout).read()
-                sites = self._root.attributes.generations[role.generation].sites
+                sites = self._root.attributes.generations[role.generation].captured
                 columns |= {site: rows[:, index] for index, site in enumerate(sites)}
         return columns
 
@@ -172,7 +212,7 @@ class Dataset:
     def statistics(self) -> dict[str, dict[str, np.ndarray]]:
         """Mean and variance per dimension by site, each (d_model,), float64."""
         found = {}
-        for site in self.sites:
+        for site in self._root.attributes.captured:
             rows = ArrayReader(self._store, self._root.layouts[f"statistics/{site}"]).read()
             found[site] = {"mean": rows[0], "variance": rows[1]}
         return found
@@ -186,14 +226,20 @@ class Dataset:
         """
         return read_head(self._store, self._root)
 
-    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+    def rows(self, name: str, start: int, stop: int, quantised: str | None = None) -> np.ndarray:
         """Rows [start, stop) of an array at once, without Dask; in the stored dtype.
 
+        With `quantised`, a kind, the values of that form of a site, float32.
+
         Raises:
-            NotFound: no array of that name.
+            NotFound: no array of that name, or no such form of it.
             IndexError: the range is not within it.
         """
+        if quantised is not None:
+            return self._form(name, quantised).reader(self._store).read(start, stop)
         if name not in self._root.layouts:
+            if name in self._forms:
+                raise self._no_site(name)
             raise NotFound(f"{self.url}: no array {name!r}; ds.sites and ds.tokens list what there is")
         return ArrayReader(self._store, self._root.layouts[name]).read(start, stop)
 
@@ -206,7 +252,9 @@ class Dataset:
 
     @property
     def dtype(self) -> str:
-        """The stored dtype of the sites; separated by commas where an added build stored another. `dtypes` has each."""
+        """The stored dtype of the sites, or dtypes where builds differ; the kinds of their quantised forms where there is no other."""
+        if not self.sites:
+            return ", ".join(kind for kind in KINDS if any(kind in kinds for kinds in self.quantised.values()))
         return ", ".join(dict.fromkeys(self.dtypes.values()))
 
     @property
@@ -216,14 +264,36 @@ class Dataset:
 
     @property
     def raw_bytes(self) -> int:
-        """Bytes of all sites, not compressed."""
-        return sum(layout.rows * layout.row_bytes for layout in map(self._root.layouts.__getitem__, self.sites))
+        """Bytes of all sites in every form, not compressed."""
+        layouts = [self._root.layouts[site] for site in self.sites]
+        layouts += [layout for forms in self._forms.values() for f in forms.values() for layout in (f.codes, f.scales)]
+        return sum(layout.rows * layout.row_bytes for layout in layouts)
+
+    def _damage_facts(self) -> dict[str, str]:
+        """Of each kind, the site that quantising did the most damage to."""
+        facts: dict[str, str] = {}
+        for kind in KINDS:
+            found = {site: d for site, forms in self._forms.items() if kind in forms and (d := forms[kind].damage)}
+            if not found:
+                continue
+            worst = max(found, key=lambda site: found[site].relative_error)
+            said = f"{len(found)} sites; worst relative error {found[worst].relative_error:.2g} ({worst})"
+            kl = {site: d.kl for site, d in found.items() if d.kl is not None}
+            if kl:
+                most = max(kl, key=kl.__getitem__)
+                said += f", worst KL {kl[most]:.2g} nats ({most})"
+            else:
+                said += f", KL {next(iter(found.values())).kl_note}"
+            facts[kind] = said
+        return facts
 
     def facts(self) -> dict[str, str]:
         """What a summary shows, in order."""
         labels, spec = self.provenance.labels, self.provenance.spec
         revision = f" @ {labels.revision}" if labels.revision else ""
-        shown = [self.sites[0], "…", self.sites[-1]] if len(self.sites) > 3 else self.sites
+        sites = self._root.attributes.captured
+        shown = [sites[0], "…", sites[-1]] if len(sites) > 3 else sites
+        only = "" if self.sites else ", in quantised form alone"
         outputs = (generation.provenance.spec.outputs for generation in self.generations)
         extras = [*itertools.chain(*outputs), *(["head"] if spec.head else [])]
         facts = {
@@ -231,8 +301,9 @@ class Dataset:
             "model": f"{labels.model}{revision} ({spec.model.family}, {self.model.n_layers} layers × {self.d_model})",
             "corpus": ", ".join(labels.corpus),
             "tokens": f"{self.n_tokens:,} in {self.n_sequences:,} sequences of at most {spec.context}, {self.n_documents:,} documents",
-            "sites": f"{len(self.sites)}: {' '.join(shown)}",
+            "sites": f"{len(sites)}: {' '.join(shown)}{only}",
             "dtype": f"{self.dtype} (computed in {', '.join(self._compute_dtypes())})",
+            **self._damage_facts(),
             "also": ", ".join(extras) or "nothing",
             "size": f"{self.raw_bytes / 1e9:,.2f} GB of activations, not compressed",
             "key": self.key,

@@ -32,7 +32,7 @@ class StoredArray:
         """Rows by one slice of the first axis, then whatever numpy makes of the rest of the index."""
         index = index if isinstance(index, tuple) else (index,)
         rows, rest = index[0], index[1:]
-        reader = _reader(self.location, self.manifest, self.layout)
+        reader = self.reader()
         if isinstance(rows, slice):
             start, stop, step = rows.indices(self.shape[0])
             if step > 0:
@@ -52,13 +52,17 @@ class StoredArray:
             found = reader.read(low, int(wanted.max()) + 1 if len(wanted) else 0)[wanted - low]
         return found[(slice(None), *rest)].astype(self.dtype, copy=False)
 
+    def reader(self) -> Any:
+        """What reads rows of it."""
+        return reader_of(self.location, self.manifest, self.layout)
+
     def __dask_tokenize__(self) -> tuple[str, ...]:
         layout = digest([self.layout.document(), self.dtype.name])
         return ("actcache", self.location.url, self.manifest, self.layout.name, layout)
 
 
 @lru_cache(maxsize=512)
-def _reader(location: Location, manifest: str, layout: ArrayLayout) -> ArrayReader:
+def reader_of(location: Location, manifest: str, layout: ArrayLayout) -> ArrayReader:
     """One reader, and so one connection pool and one set of shard indexes, for each array in a process.
 
     The manifest stands in the key so that a dataset made anew at the same URL is not read with old indexes.
@@ -73,10 +77,15 @@ def _store(location: Location) -> Any:
 
 def lazy_array(location: Location, manifest: str, layout: ArrayLayout, dtype: np.dtype | None) -> da.Array:
     """A stored array as a Dask array, one Dask chunk a shard, of `dtype` or as stored. Reads nothing."""
+    return lazy(StoredArray(location, manifest, layout, dtype or layout.numpy_dtype))
+
+
+def lazy(stored: StoredArray) -> da.Array:
+    """A Dask array of a stored one, one Dask chunk a shard."""
     import dask.array as da
     from dask.base import tokenize
 
-    stored = StoredArray(location, manifest, layout, dtype or layout.numpy_dtype)
+    layout = stored.layout
     chunks = (layout.shard_rows, *layout.row_shape)
     array: da.Array = da.from_array(  # type: ignore[no-untyped-call]
         stored,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from actcache.clients.evaluation import log_softmax, pairs
+from actcache.schemas.sites import residual_stream
 
 if TYPE_CHECKING:
     from actcache.clients.dataset import Dataset
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 TOKENS_AT_ONCE = 2048
 
 
-def logit(ds: Dataset, max_tokens: int | None = None) -> dict[str, np.ndarray]:
+def logit(ds: Dataset, max_tokens: int | None = None, quantised: str | None = None) -> dict[str, np.ndarray]:
     """The logit lens (nostalgebraist 2020): each residual state read by the final norm and unembedding.
 
     Goes over every token that has a successor in its sequence, or those among the first `max_tokens`. Returns, per layer
@@ -22,19 +23,21 @@ def logit(ds: Dataset, max_tokens: int | None = None) -> dict[str, np.ndarray]:
     nats; `kl`, KL(final ‖ layer) in nats; `entropy` of the layer's prediction in nats; `agreement`, the share of
     tokens whose most probable next token is the final one's.
 
+    `quantised`, a kind (`int8`, `fp8`), reads that form of each state, which differs from the exact one by `ds.damage`.
+
     Raises:
-        NotFound: the dataset has no head, or lacks a state of the residual stream.
+        NotFound: the dataset has no head, or lacks, in the form asked for, a state of the residual stream.
         InvalidInput: no token has a successor.
     """
     head = ds.head
-    layers = ds.resid.shape[0]
-    sites = ds.residual_sites
+    sites = residual_stream(ds.model.n_layers)
+    layers = len(sites) if quantised is not None else ds.resid.shape[0]
     token, successor = pairs(ds, max_tokens)
     totals = {name: np.zeros(layers) for name in ("loss", "kl", "entropy", "agreement")}
     for first in range(0, len(token), TOKENS_AT_ONCE):
         at, target = token[first : first + TOKENS_AT_ONCE], successor[first : first + TOKENS_AT_ONCE]
         low, high = int(at[0]), int(at[-1]) + 1
-        states = [ds.rows(site, low, high)[at - low].astype(np.float32) for site in sites]
+        states = [ds.rows(site, low, high, quantised)[at - low].astype(np.float32) for site in sites]
         final = log_softmax(head.logits(states[-1]))
         probability, best = np.exp(final), final.argmax(axis=1)
         for layer, state in enumerate(states):

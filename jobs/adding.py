@@ -16,9 +16,10 @@ from actcache.jobs.anatomy import study, torch_half
 from actcache.jobs.checkpoint import Checkpoint, locate
 from actcache.jobs.corpus import open_corpus
 from actcache.jobs.progress import Reporter
-from actcache.jobs.resolve import Chosen, check_layout, layout_of
+from actcache.jobs.resolve import Chosen, check_layout, layout_of, quantisation
 from actcache.schemas.anatomy import Anatomy
 from actcache.schemas.errors import Corrupt, InvalidInput, SpecMismatch, StoreError
+from actcache.schemas.outputs import output_layouts
 from actcache.schemas.plan import PLAN_KEY, BatchRule, Labels, ModelShape, Plan, added_records
 from actcache.schemas.root import Generation, RootAttributes
 from actcache.schemas.sites import expand
@@ -61,9 +62,14 @@ def add(store: Store, spec: Spec, patterns: str | Iterable[str], reporter: Repor
     anatomy = studied.anatomy
     sites = expand(patterns, anatomy.sites, anatomy.n_layers, anatomy.module_sites)
     while True:
-        missing = [site for site in sites if site not in root.arrays]
+        missing = [site for site in sites if site not in root.captured]
         stored = {name for generation in root.generations for name in generation.provenance.spec.outputs}
         outputs = tuple(name for name in spec.outputs if name not in stored)
+        if clash := set(output_layouts(outputs, 1, 1)) & set(root.arrays):
+            raise SpecMismatch(
+                f"{store.location}: holds {min(clash)} already, of another spec (outputs: {', '.join(sorted(stored))} here, "
+                f"{', '.join(outputs)} asked for); leave it out of --with"
+            )
         if not missing:
             return _nothing_to_do(store, spec, root, sites, outputs)
         wanted = same.model_copy(update={"sites": tuple(missing), "outputs": outputs})
@@ -79,7 +85,7 @@ def add(store: Store, spec: Spec, patterns: str | Iterable[str], reporter: Repor
     outcome = torch_half("run").run_added(store, grid, Chosen(grid.plan, checkpoint, studied), reporter)
     root = outcome.sealed.root.attributes
     (generation,) = (part for part in root.generations if part.key == grid.plan.key)
-    return Added(root, generation, generation.sites, outcome.sealed.by_us, outcome)
+    return Added(root, generation, generation.captured, outcome.sealed.by_us, outcome)
 
 
 def _same_tokens(store: Store, spec: Spec, checkpoint: Checkpoint, root: RootAttributes) -> ResolvedSpec:
@@ -105,7 +111,7 @@ def _plan(store: Store, spec: Spec, checkpoint: Checkpoint, anatomy: Anatomy, sa
     first = read_plan(store)
     if first is None:
         raise Corrupt(f"{store.location.child(PLAN_KEY)}: missing; copy it again from where the dataset came")
-    resolved = _asked(spec, first.model, same).model_copy(update={"head": False})
+    resolved = _asked(spec, first.model, same)
     plan = Plan(
         key=resolved.key(),
         tokens_key=resolved.tokens_key(),
@@ -130,6 +136,8 @@ def _asked(spec: Spec, shape: ModelShape, base: ResolvedSpec) -> ResolvedSpec:
     """A resolved spec with whatever a spec says of stored dtype, execution and layout."""
     stored_dtype = base.stored_dtype if spec.dtype == "auto" else spec.dtype
     update: dict[str, Any] = {"stored_dtype": stored_dtype, "execution": _execution(spec, base)}
+    if spec.quantize:
+        update["quantize"] = quantisation(spec)
     if spec.block_tokens is not None or spec.chunk_tokens is not None:
         block = spec.block_tokens or base.layout.block_tokens
         chunk = spec.chunk_tokens or (base.layout.chunk_tokens if block % base.layout.chunk_tokens == 0 else None)
@@ -146,7 +154,7 @@ def _execution(spec: Spec, base: ResolvedSpec) -> Execution:
 
 
 def _nothing_to_do(store: Store, spec: Spec, root: RootAttributes, sites: list[str], outputs: tuple[str, ...]) -> Added:
-    generation = next(part for part in reversed(root.generations) if set(part.sites) & set(sites))
+    generation = next(part for part in reversed(root.generations) if set(part.captured) & set(sites))
     here = generation.provenance.spec
     if different := difference(here, _asked(spec, generation.provenance.model, here)):
         raise SpecMismatch(

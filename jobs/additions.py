@@ -47,8 +47,8 @@ class Additions:
         for reader in _distinct(stream):
             mid = reader.given
             assert mid is not None
-            if same(mid, pre) or same(mid, post) or is_sum(post, mid, [], self.dtype):
-                continue
+            if any(is_sum(end, mid, [], self.dtype) for end in (pre, post)):
+                continue  # an end of the block itself, or the same in a narrower dtype
             for last in added:
                 if last.ended < reader.began:
                     continue

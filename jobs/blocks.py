@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from actcache.cache.head import Head
 from actcache.cache.publish import PublishedShard, publish, publish_shard
 from actcache.cache.reader import ArrayReader
 from actcache.cache.shards import ShardEncoder, encode_shard
@@ -16,8 +17,11 @@ from actcache.cache.statistics import Moments, measure, pack, unpack
 from actcache.cache.store import Store
 from actcache.jobs.batches import Batch, batches, touching
 from actcache.jobs.capture import run
-from actcache.jobs.head import to_numpy
+from actcache.jobs.head import head_parts, to_numpy
+from actcache.jobs.outputs import OutputEncoder
 from actcache.jobs.parts import ModelParts
+from actcache.jobs.quantised import QuantisedEncoder
+from actcache.schemas.array import ArrayLayout
 from actcache.schemas.errors import Corrupt, OutOfRange
 from actcache.schemas.grid import Grid
 from actcache.schemas.plan import StoredObject
@@ -37,7 +41,8 @@ class Computed:
     stop: int
     encoders: dict[str, ShardEncoder]
     measured: dict[str, list[Future[Measured]]]
-    loss: list[np.ndarray] = field(default_factory=list)
+    outputs: OutputEncoder
+    quantised: QuantisedEncoder
 
 
 class BlockRunner:
@@ -49,6 +54,7 @@ class BlockRunner:
         self._parts = parts
         self._sequence_start = sequence_start
         self._pool = pool
+        self._head = _numpy_head(parts) if grid.plan.spec.quantize and grid.plan.spec.head else None
         self._token_id = ArrayReader(store, grid.token_arrays()["token_id"])
 
     def compute(self, block: int, tick: Callable[[int], None]) -> Computed:
@@ -60,8 +66,10 @@ class BlockRunner:
         grid = self._grid
         start, stop = grid.block_range(block)
         sites = grid.plan.spec.sites
-        encoders = {site: ShardEncoder(grid.site(site), self._pool) for site in sites}
-        computed = Computed(block, start, stop, encoders, {site: [] for site in sites})
+        encoders = {site: ShardEncoder(grid.site(site), self._pool) for site in grid.exact_sites}
+        outputs = OutputEncoder(grid.outputs.values(), grid.plan.model.vocab_size, self._pool)
+        quantised = QuantisedEncoder(grid, start, stop, self._pool)
+        computed = Computed(block, start, stop, encoders, {site: [] for site in sites}, outputs, quantised)
         reached = start
         for batch in self.batches(start, stop):
             self._run(batch, computed, reached)
@@ -69,6 +77,7 @@ class BlockRunner:
             reached += kept
             tick(kept)
             _raise_first(computed)
+            quantised.drain()
         return computed
 
     def batches(self, start: int, stop: int) -> list[Batch]:
@@ -88,15 +97,15 @@ class BlockRunner:
             rows = tensor[keep]  # a copy, so that the model may reuse its own
             values = to_numpy(rows.to(stored))
             narrowed = rows if rows.dtype != stored else None
-            computed.encoders[site].append(values)
+            if site in computed.encoders:
+                computed.encoders[site].append(values)
             computed.measured[site].append(self._pool.submit(_inspect, site, first_token, values, narrowed))
+            computed.quantised.append(site, first_token, values if narrowed is None else to_numpy(rows))
 
-        wants_loss = "loss" in spec.outputs
-        state = run(
-            self._parts, batch.input_ids.to(device), batch.attention_mask.to(device), spec.sites, take, wants_loss
-        )
-        if state is not None and wants_loss:
-            computed.loss.append(next_token_loss(self._parts, state, batch))
+        whole = bool(computed.outputs.names)
+        state = run(self._parts, batch.input_ids.to(device), batch.attention_mask.to(device), spec.sites, take, whole)
+        if state is not None and whole:
+            computed.outputs.append(self._parts, state, batch, first_token)
 
     def publish(self, computed: Computed) -> Receipt:
         """Store a block's shards, norms, outputs and statistics, then its receipt.
@@ -109,13 +118,16 @@ class BlockRunner:
         sites = grid.plan.spec.sites
         with ThreadPoolExecutor(PUTS_AT_ONCE, thread_name_prefix="actcache-put") as puts:
             stored = list(puts.map(lambda site: self._publish_site(site, computed), sites))
-        shards = [shard for shard, _ in stored]
+            computed.quantised.drain(wait=True)
+            quantised = list(puts.map(self._shard(block, computed.quantised.finish), grid.quantised.values()))
+            outputs = list(puts.map(self._shard(block, computed.outputs.finish), grid.outputs.values()))
+        shards = [shard for shard, _ in stored if shard is not None]
         measured = [found for _, found in stored]
+        shards += quantised
         rows = np.stack([norms for _, norms in measured], axis=1)
         shards.append(publish_shard(self._store, grid.norm, block, encode_shard(grid.norm, rows, self._pool)))
-        if computed.loss:
-            data = encode_shard(grid.loss, np.concatenate(computed.loss), self._pool)
-            shards.append(publish_shard(self._store, grid.loss, block, data))
+        shards += outputs
+        damage = computed.quantised.damage(self._head)
         statistics, other = self._publish_statistics(block, [moments for moments, _ in measured])
         receipt = Receipt(
             block=block,
@@ -123,6 +135,7 @@ class BlockRunner:
             stop=computed.stop,
             objects=(*(shard.stored for shard in shards), statistics),
             mixed_attempts=(*(shard.stored.key for shard in shards if shard.kept is not None), *other),
+            quantised=damage,
         )
         key = receipt_key(block, grid.records)
         published = publish(self._store, key, receipt.to_bytes())
@@ -130,16 +143,25 @@ class BlockRunner:
             return receipt
         return Receipt.from_bytes(bytes(published.other), str(self._store.location.child(key)))
 
-    def _publish_site(self, site: str, computed: Computed) -> tuple[PublishedShard, Measured]:
-        """Store a site's shard. Statistics and norms are of what is stored, whoever wrote it."""
+    def _publish_site(self, site: str, computed: Computed) -> tuple[PublishedShard | None, Measured]:
+        """Store a site's shard, if its values are stored as they are.
+
+        Statistics and norms are of what is stored, whoever wrote it; without an exact array, of the values before quantising.
+        """
         parts = [future.result() for future in computed.measured[site]]
-        shard = publish_shard(self._store, self._grid.site(site), computed.block, computed.encoders.pop(site).finish())
-        if shard.kept is not None:
+        shard = None
+        if encoder := computed.encoders.pop(site, None):
+            shard = publish_shard(self._store, self._grid.site(site), computed.block, encoder.finish())
+        if shard is not None and shard.kept is not None:
             parts = [measure(shard.kept)]
         whole = parts[0][0]
         for part, _ in parts[1:]:
             whole = whole.merge(part)
         return shard, (whole, np.concatenate([norms for _, norms in parts]))
+
+    def _shard(self, block: int, finish: Callable[[str], memoryview]) -> Callable[[ArrayLayout], PublishedShard]:
+        """What stores a block's shard of an array, encoded by then but for its end."""
+        return lambda layout: publish_shard(self._store, layout, block, finish(layout.name))
 
     def _publish_statistics(self, block: int, moments: list[Moments]) -> tuple[StoredObject, list[str]]:
         """Store a block's statistics. Those of an earlier attempt that differ by rounding alone are kept and reported."""
@@ -158,6 +180,12 @@ class BlockRunner:
             where = self._store.location.child(key)
             raise Corrupt(f"{where}: holds statistics of other values; remove it and run again")
         return published.stored, [published.stored.key]
+
+
+def _numpy_head(parts: ModelParts) -> Head:
+    """The head as it is stored, as a reader of the dataset evaluates it."""
+    head = head_parts(parts)
+    return Head(head.operations, {name: array.astype(np.float32) for name, array in head.arrays.items()})
 
 
 def _raise_first(computed: Computed) -> None:
@@ -181,19 +209,3 @@ def _inspect(site: str, first_token: int, values: np.ndarray, before: torch.Tens
             )
         raise OutOfRange(f"{where}: the model computed {value!r}; try --compute-dtype float32, into another URL")
     return moments, norms
-
-
-@torch.inference_mode()
-def next_token_loss(parts: ModelParts, state: torch.Tensor, batch: Batch) -> np.ndarray:
-    """Cross-entropy in nats of each kept token's successor in its sequence, NaN at a sequence's last; (kept,), float32.
-
-    One sequence's logits at a time, in float32.
-    """
-    losses = []
-    for row, length in enumerate(batch.lengths):
-        ids = batch.input_ids[row, :length].to(state.device)
-        logits = parts.logits(state[row, :length])
-        loss = torch.full((int(length),), torch.nan)
-        loss[:-1] = torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="none").cpu()
-        losses.append(loss[batch.keep[row, :length]])
-    return to_numpy(torch.cat(losses))

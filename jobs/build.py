@@ -89,7 +89,12 @@ def build(
         with suppress(StoreError):  # a courtesy: whoever sealed it may have died before it had tidied up
             tidy(store)
         return BuildResult(
-            store.location.url, generation.key, "already sealed", generation.manifest, root.n_tokens, tuple(root.sites)
+            store.location.url,
+            generation.key,
+            "already sealed",
+            generation.manifest,
+            root.n_tokens,
+            tuple(root.captured),
         )
     _place(store, resolved)
     outcome = torch_half("run").run_plan(store, resolved, reporter or Silent(), stage == "tokenise")
@@ -102,7 +107,7 @@ def build(
         "built" if outcome.sealed.by_us else "sealed by another build",
         root.generations[0].manifest,
         root.n_tokens,
-        tuple(root.sites),
+        tuple(root.captured),
         outcome.blocks_run,
         outcome.bytes_written,
         outcome.recomputed,

@@ -46,7 +46,7 @@ class HeadSearch:
                     continue
             rest = self._walk(call.made, logits, used | {call.path})
             if rest is not None:
-                before = [] if scale is None else [HeadStep(op="scale", factor=scale)]
+                before = [] if scale in (None, 1.0) else [HeadStep(op="scale", factor=scale)]
                 return [*before, step, *rest]
         if used and state.shape[:-1] == logits.shape[:-1] and state.shape[-1] >= logits.shape[-1]:
             return self._after_unembedding(state, logits)

@@ -12,7 +12,9 @@ from actcache.jobs.corpus import Corpus, open_corpus, printable
 from actcache.schemas.dtypes import numpy_dtype
 from actcache.schemas.errors import InvalidInput
 from actcache.schemas.grid import Grid
+from actcache.schemas.outputs import top_k
 from actcache.schemas.plan import BatchRule, Labels, ModelShape, Plan
+from actcache.schemas.quantised import Quantisation
 from actcache.schemas.sites import expand
 from actcache.schemas.spec import CAPTURE_VERSION, Execution, Layout, ResolvedSpec, Spec
 
@@ -79,6 +81,7 @@ def resolve(spec: Spec) -> Resolved:
         max_context=anatomy.max_context,
     )
     context = _context(spec, shape)
+    _check_outputs(spec, shape)
     sites = tuple(expand(spec.sites, anatomy.sites, anatomy.n_layers, anatomy.module_sites))
     stored_dtype = compute_dtype if spec.dtype == "auto" else spec.dtype
     batch_size = spec.batch_size or max(1, TOKENS_PER_BATCH // context)
@@ -91,6 +94,7 @@ def resolve(spec: Spec) -> Resolved:
         max_tokens=spec.max_tokens,
         sites=sites,
         outputs=spec.outputs,
+        quantize=quantisation(spec),
         head=spec.head,
         stored_dtype=stored_dtype,
         execution=Execution(compute_dtype=compute_dtype, attention=anatomy.attention, batch_size=batch_size),
@@ -144,9 +148,36 @@ def check_layout(plan: Plan) -> None:
         InvalidInput: an array's shards or chunks are beyond all bounds.
     """
     try:
-        list(Grid(plan, 1, 1, 1).block_arrays())
+        names = [layout.name for layout in Grid(plan, 1, 1, 1).block_arrays()]
     except InvalidInput as error:
         raise InvalidInput(f"--block-tokens, --chunk-tokens: {error}") from None
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InvalidInput(f"two arrays would be called {twice[0]!r}; leave one of these sites out")
+
+
+def quantisation(spec: Spec) -> Quantisation | None:
+    """In which kinds a spec wants its sites quantised.
+
+    Raises:
+        InvalidInput: nothing would be stored, or nothing in the dtype that is asked for.
+    """
+    if spec.only_quantized and not spec.quantize:
+        raise InvalidInput(
+            "--only-quantized leaves out the exact arrays: say with --quantize int8 or fp8 what to store"
+        )
+    if spec.only_quantized and spec.dtype != "auto":
+        raise InvalidInput(
+            f"--dtype {spec.dtype} is how exact arrays are stored, and --only-quantized stores none; leave one out"
+        )
+    return Quantisation(kinds=spec.quantize, only=spec.only_quantized) if spec.quantize else None
+
+
+def _check_outputs(spec: Spec, shape: ModelShape) -> None:
+    k = top_k(spec.outputs)
+    if k is not None and k > shape.vocab_size:
+        raise InvalidInput(
+            f"--with topk={k} asks for more logits than the model's vocabulary of {shape.vocab_size} has"
+        )
 
 
 def _corpus_labels(patterns: tuple[str, ...]) -> tuple[str, ...]:

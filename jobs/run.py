@@ -103,7 +103,7 @@ def _capture(
             f"{recomputed:.1%} more tokens are run than stored, since sequences cross blocks of {grid.block_tokens} tokens; "
             "larger blocks (--block-tokens) cost less"
         )
-    parts = _parts(chosen)
+    parts = loaded_parts(chosen)
     runner = BlockRunner(store, grid, parts, sequence_start, pool)
     for layout in grid.block_arrays():
         publish_metadata(store, layout)
@@ -134,8 +134,12 @@ def _is_sealed(store: Store, grid: Grid) -> bool:
     return generation_of(newest_root(store).attributes, grid.plan.key) is not None
 
 
-def _parts(chosen: Chosen) -> ModelParts:
-    """The model of a plan, loaded."""
+def loaded_parts(chosen: Chosen) -> ModelParts:
+    """The model of a plan, loaded.
+
+    Raises:
+        InvalidInput: it cannot be loaded, or its files are no longer those of the plan.
+    """
     spec, model = chosen.plan.spec, chosen.studied.model
     if model is None:
         execution = spec.execution
@@ -157,7 +161,7 @@ def _prepare(store: Store, grid: Grid, parts: ModelParts, runner: BlockRunner, p
     proof = prove(parts, first.input_ids, first.attention_mask, spec.execution.compute_dtype)
     record = canonical(environment(parts, spec, proof))
     publish(store, f"{environments_of(grid.records)}{sha256(record)}.json", record)
-    if not spec.head or store.get_or_none(HEAD_RECEIPT) is not None:
+    if not spec.head or grid.number or store.get_or_none(HEAD_RECEIPT) is not None:
         return
     head = head_parts(parts)
     stored: list[StoredObject] = [publish_document(store, "head/zarr.json", head_group(head.operations))]

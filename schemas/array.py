@@ -211,6 +211,11 @@ def check_name(name: str) -> None:
         raise Unsupported(f"array name {name!r} is not allowed")
 
 
+def piece(rows: int, most: int) -> int:
+    """The largest divisor of `rows` that is at most `most`."""
+    return next(size for size in range(min(rows, most), 0, -1) if rows % size == 0)
+
+
 def group_document(attributes: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The Zarr v3 metadata of a group below the root."""
     return {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes or {})}

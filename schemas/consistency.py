@@ -8,6 +8,8 @@ from actcache.schemas.array import ArrayLayout
 from actcache.schemas.canonical import is_sha256
 from actcache.schemas.dtypes import ACTIVATION_DTYPES
 from actcache.schemas.grid import token_layouts
+from actcache.schemas.outputs import output_shapes
+from actcache.schemas.quantised import quantised_problems
 from actcache.schemas.root import RootAttributes
 from actcache.schemas.sites import residual_stream
 
@@ -19,9 +21,9 @@ def inconsistency(root: RootAttributes, layouts: Mapping[str, ArrayLayout]) -> s
     counts = (root.n_tokens, root.n_sequences, root.n_documents, root.d_model)
     if not all(1 <= count <= MAX_COUNT for count in counts):
         return "a count is not a whole positive number in bounds"
-    if not root.generations or not all(generation.sites for generation in root.generations):
+    if not root.generations or not all(generation.captured for generation in root.generations):
         return "no generation, or one of no site; the dataset was not sealed by actcache"
-    if len(set(root.sites)) != len(root.sites):
+    if len(set(root.captured)) != len(root.captured):
         return "a site is named twice"
     return next(_problems(root, layouts), None)
 
@@ -30,18 +32,23 @@ def _problems(root: RootAttributes, layouts: Mapping[str, ArrayLayout]) -> Itera
     yield from _of_generations(root)
     for name, wanted in token_layouts(root.n_tokens, root.n_sequences, root.n_documents).items():
         yield from _differs(name, layouts, wanted.shape, (wanted.dtype,))
-    stream = set(residual_stream(min(root.generations[0].provenance.model.n_layers, len(root.sites))))
-    for site in root.sites:
-        layout = layouts.get(site)
-        width = layout.shape[-1] if layout is not None and site not in stream else root.d_model
-        yield from _differs(site, layouts, (root.n_tokens, width), ACTIVATION_DTYPES)
+    stream = set(residual_stream(min(root.generations[0].provenance.model.n_layers, len(root.captured))))
+    exact, widths = set(root.sites), {}
+    for site in root.captured:
+        layout = layouts.get(site if site in exact else f"statistics/{site}")
+        widths[site] = width = layout.shape[-1] if layout is not None and site not in stream else root.d_model
+        if site in exact:
+            yield from _differs(site, layouts, (root.n_tokens, width), ACTIVATION_DTYPES)
+        elif not any(role.role == "quantised" and role.of == site for role in root.arrays.values()):
+            yield f"site {site!r} is stored in no form"
         yield from _differs(f"statistics/{site}", layouts, (2, width), ("float64",))
+    yield from quantised_problems(root.arrays, layouts, root.n_tokens, widths)
     for name, role in root.arrays.items():
         if role.role == "norm":
-            sites = root.generations[role.generation].sites
+            sites = root.generations[role.generation].captured
             yield from _differs(name, layouts, (root.n_tokens, len(sites)), ("float32",))
-        if name == "loss":
-            yield from _differs(name, layouts, (root.n_tokens,), ("float32",))
+    for name, shape, dtype in output_shapes(layouts, root.n_tokens):
+        yield from _differs(name, layouts, shape, (dtype,))
 
 
 def _of_generations(root: RootAttributes) -> Iterator[str]:

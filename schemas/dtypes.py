@@ -16,6 +16,7 @@ _NUMPY: dict[str, np.dtype] = {
     "int64": np.dtype("<i8"),
     "int32": np.dtype("<i4"),
     "uint8": np.dtype("u1"),
+    "int8": np.dtype("i1"),
 }
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from actcache.schemas.array import ArrayLayout
+from actcache.schemas.array import ArrayLayout, piece
+from actcache.schemas.outputs import output_layouts
 from actcache.schemas.plan import RECORDS, Plan, TokensRecord, added_records
+from actcache.schemas.quantised import quantised_layouts
 
 TOKEN_SHARD_ROWS = 1 << 22
 TOKEN_CHUNK_ROWS = 1 << 14
 SMALL_SHARD_BYTES = 64 << 20
 NORMS = "norm/"
-LOSS = "loss"
 TOKEN_DTYPES = {
     "token_id": "int32",
     "position": "int32",
@@ -92,41 +93,47 @@ class Grid:
     def norm(self) -> ArrayLayout:
         """L2 norms, (token, site). That of an added build names the build, and so is its claim to all that it adds."""
         layout, sites = self.plan.spec.layout, self.plan.spec.sites
-        claim = {"build": self.plan.key, "outputs": [output.name for output in self.outputs()]} if self.number else {}
+        vector = "stored vector" if self.exact_sites else "vector before it was quantised"
+        claim = {"build": self.plan.key, "outputs": [*self.quantised, *self.outputs]} if self.number else {}
         return ArrayLayout(
             f"{NORMS}{self.number}",
             (self.n_tokens, len(sites)),
             "float32",
             layout.block_tokens,
-            _piece(layout.block_tokens, TOKEN_CHUNK_ROWS),
+            piece(layout.block_tokens, TOKEN_CHUNK_ROWS),
             ("token", "site"),
-            {"sites": list(sites), "meaning": "L2 norm of the stored vector", **claim},
+            {"sites": list(sites), "meaning": f"L2 norm of the {vector}", **claim},
         )
 
     @property
-    def loss(self) -> ArrayLayout:
-        """Next-token loss, (token)."""
-        layout = self.plan.spec.layout
-        return ArrayLayout(
-            LOSS,
-            (self.n_tokens,),
-            "float32",
-            layout.block_tokens,
-            _piece(layout.block_tokens, TOKEN_CHUNK_ROWS),
-            ("token",),
-            {"units": "nats", "meaning": "cross-entropy of the next token of the same sequence; NaN at its last"},
-        )
+    def outputs(self) -> dict[str, ArrayLayout]:
+        """The arrays of the outputs asked for, by name."""
+        return output_layouts(self.plan.spec.outputs, self.n_tokens, self.block_tokens)
 
-    def outputs(self) -> list[ArrayLayout]:
-        """Every array of what is stored beside the sites."""
-        return [self.loss] if "loss" in self.plan.spec.outputs else []
+    @property
+    def exact_sites(self) -> tuple[str, ...]:
+        """The sites whose values are stored as they are."""
+        asked = self.plan.spec.quantize
+        return () if asked is not None and asked.only else self.plan.spec.sites
+
+    @property
+    def quantised(self) -> dict[str, ArrayLayout]:
+        """The arrays of the quantised sites by name, scales after their codes."""
+        asked = self.plan.spec.quantize
+        if asked is None:
+            return {}
+        found = (
+            quantised_layouts(self.site(s), kind, asked.group) for s in self.plan.spec.sites for kind in asked.kinds
+        )
+        return {layout.name: layout for pair in found for layout in pair}
 
     def block_arrays(self) -> Iterator[ArrayLayout]:
-        """Every array of which a block holds one shard: the sites, then norms and outputs."""
-        for name in self.plan.spec.sites:
+        """Every array of which a block holds one shard: the sites, then their quantised forms, norms and outputs."""
+        for name in self.exact_sites:
             yield self.site(name)
+        yield from self.quantised.values()
         yield self.norm
-        yield from self.outputs()
+        yield from self.outputs.values()
 
     def token_arrays(self) -> dict[str, ArrayLayout]:
         """Every array that tokenising writes."""
@@ -163,8 +170,3 @@ def whole_layout(
     shard = max(1, min(shape[0], SMALL_SHARD_BYTES // max(1, one.row_bytes)))
     chunk = max(1, min(shard, (1 << 20) // max(1, one.row_bytes)))
     return ArrayLayout(name, shape, dtype, -(-shard // chunk) * chunk, chunk, dimensions, attributes)
-
-
-def _piece(rows: int, most: int) -> int:
-    """The largest divisor of `rows` that is at most `most`."""
-    return next(size for size in range(min(rows, most), 0, -1) if rows % size == 0)

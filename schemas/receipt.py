@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
+
 from actcache.schemas.plan import RECORDS, StoredObject
+from actcache.schemas.quantised import BlockDamage
 from actcache.schemas.record import Record
 
 RECEIPTS = f"{RECORDS}receipts/"
@@ -12,7 +17,8 @@ HEAD_RECEIPT = RECEIPTS + "head.json"
 class Receipt(Record):
     """A block is done: every object named here is stored whole.
 
-    `mixed_attempts` names the objects that an earlier attempt wrote with other values than this one computed.
+    `mixed_attempts` names the objects that an earlier attempt wrote with other values than this one computed. `quantised` has
+    what quantising did to each quantised array, against the values that this attempt computed.
     """
 
     block: int
@@ -20,6 +26,13 @@ class Receipt(Record):
     stop: int
     objects: tuple[StoredObject, ...]
     mixed_attempts: tuple[str, ...] = ()
+    quantised: dict[str, BlockDamage] = Field(default_factory=dict)
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without an empty `quantised`, so that a block of exact arrays has the receipt it always had."""
+        document: dict[str, Any] = serialise(self)
+        return {name: value for name, value in document.items() if name != "quantised" or value}
 
 
 class HeadReceipt(Record):

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from actcache.schemas.order import model_order
 from actcache.schemas.plan import RECORDS, Labels, ModelShape, added_records
+from actcache.schemas.quantised import Damage
 from actcache.schemas.record import Record
 from actcache.schemas.spec import ResolvedSpec
 
@@ -40,19 +41,37 @@ class Provenance(Record):
 
 
 class Generation(Record):
-    """The sites that one build stored: the first build, then each added one, in the order of their seals."""
+    """The sites that one build stored: the first build, then each added one, in the order of their seals.
+
+    `sites` have their values as they are, `only_quantised` are there in quantised form alone.
+    """
 
     key: str
     manifest: str
     sites: tuple[str, ...]
+    only_quantised: tuple[str, ...] = ()
     provenance: Provenance
+
+    @property
+    def captured(self) -> tuple[str, ...]:
+        """Every site of the build in any form: those that have norms and statistics."""
+        return (*self.sites, *self.only_quantised)
 
 
 class ArrayRole(Record):
-    """What an array is for. A reader ignores roles that it does not know."""
+    """What an array is for. A reader ignores roles that it does not know.
+
+    The role `quantised` has the `kind`, the site that it is `of`, the array of its `scale`s, how many dimensions (`group`) share
+    one, and the `damage` done; the role `scale` has what it is `of`.
+    """
 
     role: str
     generation: int = 0
+    kind: str | None = None
+    of: str | None = None
+    scale: str | None = None
+    group: int | None = None
+    damage: Damage | None = None
 
 
 class RootAttributes(Record):
@@ -72,8 +91,13 @@ class RootAttributes(Record):
 
     @property
     def sites(self) -> list[str]:
-        """Every activation site, in model order."""
+        """Every activation site with its values as they are, in model order."""
         return model_order([generation.sites for generation in self.generations])
+
+    @property
+    def captured(self) -> list[str]:
+        """Every site in any form, in model order."""
+        return model_order([generation.captured for generation in self.generations])
 
     def records(self, generation: int) -> str:
         """Folder of the records of a generation's build."""

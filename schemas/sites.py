@@ -58,6 +58,11 @@ def site_meaning(site: str) -> str:
     return _MEANING.get(site.rsplit(".", 1)[-1], "as the module's description names it")
 
 
+def is_residual(site: str) -> bool:
+    """Whether a site is a state of the residual stream, which the model's head can read."""
+    return re.fullmatch(r"blocks\.\d+\.hook_resid_(pre|mid|post)", site) is not None
+
+
 def expand(
     patterns: str | Iterable[str], available: Sequence[str], n_layers: int, modules: Sequence[str] = ()
 ) -> list[str]:

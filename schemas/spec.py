@@ -10,17 +10,26 @@ import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+)
 
 from actcache.schemas.canonical import digest
 from actcache.schemas.errors import InvalidInput
+from actcache.schemas.outputs import parse_outputs
+from actcache.schemas.quantised import Kind, Quantisation, parse_kinds
 from actcache.schemas.record import Record, first_problem
 
 CAPTURE_VERSION = 1
 """Raised whenever a change of the code changes what is captured from the same spec."""
 
 DType = Literal["float32", "float16", "bfloat16"]
-Output = Literal["loss"]
 Positive = Field(default=None, ge=1)
 
 
@@ -38,7 +47,10 @@ class Spec(BaseModel):
         dtype: stored dtype; `auto` is the compute dtype, so that nothing is lost.
         compute_dtype: dtype of the forward pass; default the checkpoint's.
         attention: transformers' attention implementation (`sdpa`, `eager`, `flash_attention_2`); default `sdpa` where the family has it.
-        outputs: what to store beside the sites; `loss` is the next-token cross-entropy in nats.
+        outputs: what to store beside the sites: `loss`, the next-token cross-entropy, and `entropy` of the next-token
+            distribution, in nats; `topk=K`, the K largest logits.
+        quantize: kinds (`int8`, `fp8`) in which to store each site as well, in about a quarter of float32's bytes, with loss.
+        only_quantized: leave the exact arrays of the sites out.
         head: whether to store final norm and unembedding, so that a lens needs no model.
         max_tokens: stop after this many tokens of the corpus.
         batch_size: sequences a forward pass.
@@ -58,7 +70,9 @@ class Spec(BaseModel):
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     compute_dtype: DType | None = None
     attention: str | None = Field(default=None, pattern=r"^[a-z0-9_]+$")
-    outputs: tuple[Output, ...] = ()
+    outputs: tuple[str, ...] = ()
+    quantize: tuple[Kind, ...] = ()
+    only_quantized: bool = False
     head: bool = True
     max_tokens: int | None = Positive
     batch_size: int | None = Positive
@@ -91,12 +105,12 @@ class Spec(BaseModel):
     @field_validator("outputs", mode="before")
     @classmethod
     def _one_or_many_outputs(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
+        return parse_outputs(value) if isinstance(value, str | list | tuple) else value
 
-    @field_validator("outputs")
+    @field_validator("quantize", mode="before")
     @classmethod
-    def _sorted(cls, value: tuple[Output, ...]) -> tuple[Output, ...]:
-        return tuple(sorted(set(value)))
+    def _one_or_many_kinds(cls, value: Any) -> Any:
+        return parse_kinds(value) if isinstance(value, str | list | tuple) else value
 
     def __init__(self, **fields: Any) -> None:
         """Make a spec.
@@ -185,11 +199,23 @@ class ResolvedSpec(Record):
     packing: Literal["document"] = "document"
     max_tokens: int | None
     sites: tuple[str, ...]
-    outputs: tuple[Output, ...]
+    outputs: tuple[str, ...]
+    quantize: Quantisation | None = None
     head: bool
     stored_dtype: DType
     execution: Execution
     layout: Layout
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what is not asked for, so that a spec of before it could be asked for keeps its key."""
+        document: dict[str, Any] = serialise(self)
+        return {name: value for name, value in document.items() if name != "quantize" or value is not None}
+
+    @property
+    def stored_as(self) -> str:
+        """In which dtype the sites are stored; the kinds of their quantised forms where there is nothing else."""
+        return ", ".join(self.quantize.kinds) if self.quantize is not None and self.quantize.only else self.stored_dtype
 
     def key(self) -> str:
         """The dataset's key."""

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 import actcache as ac
 from actcache.jobs.batches import batches, recomputed_fraction, touching
 from actcache.jobs.corpus import open_corpus
-from actcache.jobs.fingerprint import file_sha256, memory_path
+from actcache.jobs.fingerprint import file_sha256
+from actcache.jobs.memory import memory_path
 from actcache.jobs.tokenise import Axis
 from actcache.schemas.plan import BatchRule
 

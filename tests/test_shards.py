@@ -22,7 +22,7 @@ from actcache.schemas.array import ArrayLayout
 from actcache.schemas.errors import Corrupt
 
 POOL = ThreadPoolExecutor(2)
-DTYPES = ("float32", "float16", "bfloat16", "int32", "int64", "uint8", "float64")
+DTYPES = ("float32", "float16", "bfloat16", "int32", "int64", "uint8", "int8", "float64")
 
 
 @st.composite

@@ -43,6 +43,18 @@ def test_a_tiny_model_runs_and_looks_back_only(model_type: str):
     assert not torch.allclose(logits[:, -1], other[:, -1], rtol=0.1, atol=0.1)
 
 
+@pytest.mark.parametrize("model_type", sorted((DECODER_ONLY | ENCODERS) - set(UNBUILDABLE)))
+def test_padding_at_the_end_changes_nothing(model_type: str):
+    model = tiny_configs.build(model_type)
+    length = 17
+    padded, mask = IDS.clone(), torch.ones_like(IDS)
+    padded[1, length:], mask[1, length:] = 0, 0
+    with torch.inference_mode():
+        alone = model(input_ids=IDS[1:, :length], use_cache=False).logits[0]
+        together = model(input_ids=padded, attention_mask=mask, use_cache=False).logits[1, :length]
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("model_type", ["gpt2", "mixtral", "mamba2", "rwkv"])
 def test_the_seed_decides(model_type: str):
     one, same, other = (tiny_configs.build(model_type, seed).state_dict() for seed in (1, 1, 2))

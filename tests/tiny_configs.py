@@ -38,7 +38,9 @@ _NAMES: tuple[tuple[float, str], ...] = (
         16,
         "head_dim d_head dim_head d_kv kv_channels attention_head_size swa_head_dim v_head_dim qk_nope_head_dim"
         " linear_key_head_dim linear_value_head_dim linear_head_dim index_head_dim hidden_size_per_layer_input"
-        " laurel_rank gated_norm_rank hc_lowrank adapter_rank router_hidden_size",
+        " laurel_rank gated_norm_rank hc_lowrank adapter_rank router_hidden_size"
+        # Few of these would score many keys as exactly zero, and the order of equals depends on how many there are.
+        " index_n_heads",
     ),
     (32, "kv_lora_rank q_lora_rank o_lora_rank"),
     (
@@ -65,7 +67,7 @@ _NAMES: tuple[tuple[float, str], ...] = (
     ),
     (
         2,
-        "num_key_value_heads num_kv_heads kv_n_heads swa_num_key_value_heads linear_num_key_heads index_n_heads"
+        "num_key_value_heads num_kv_heads kv_n_heads swa_num_key_value_heads linear_num_key_heads"
         " num_experts_per_tok num_experts_per_token moe_topk moe_k moe_top_k top_k_experts num_codebooks o_groups n_groups",
     ),
     (
@@ -148,6 +150,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
         "ssm_in_multiplier": 1.1,
         "ssm_out_multiplier": 0.6,
     },
+    "gemma2": {"attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 16},  # at its defaults it would hardly show
     "gemma3n": {"text_config": _GEMMA3N},
     "gemma3n_text": _GEMMA3N,
     "gemma4": {
@@ -177,6 +180,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "granitemoehybrid": _HYBRID,
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 4, "moe_topk": 2},
+    "inkling2_text": {"n_layers_per_attn_res_block": 2},
     "inkling_text": {"logits_mup_width_multiplier": 2.0, "mlp_layer_types": ["dense", "sparse", "sparse"]},
     "jamba": {"num_hidden_layers": 4, "attn_layer_period": 3, "attn_layer_offset": 1},
     "laguna": {
@@ -204,6 +208,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "minimax_m3_vl_text": {
         "layer_types": ["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"],
         "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "index_n_heads": 2,
         "index_block_size": 4,
         "index_topk_blocks": 2,
     },
@@ -232,6 +237,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
         "shape_embed_dim": 8,
     },
     "rwkv": {"num_hidden_layers": 14},
+    "vaultgemma": {"attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 16},
     "xlm": {"causal": True},
     "xmod": {"default_language": "en_XX"},
     "zamba": {
@@ -240,6 +246,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
         "attention_hidden_size": 128,
         "attention_head_dim": 32,
     },
+    "zamba2": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
     "zaya": {"num_experts_per_tok": 1, "layer_types": ["hybrid", "hybrid_sliding", "hybrid"], "sliding_window": 8},
 }
 
@@ -305,9 +312,9 @@ UNBUILDABLE: dict[str, str] = {
 """Types of which `build` cannot make a model, and why."""
 
 
-def tiny(model_type: str) -> PreTrainedConfig:
-    """A config of this type with the sizes of `SIZES`, changed by the type's `EXTRAS`."""
-    extras = dict(EXTRAS.get(model_type, {}))
+def tiny(model_type: str, **changes: Any) -> PreTrainedConfig:
+    """A config of this type with the sizes of `SIZES`, changed by the type's `EXTRAS` and what else is asked for."""
+    extras = EXTRAS.get(model_type, {}) | changes
     if model_type in ENCODERS and model_type != "xlm":  # which calls it `causal`
         extras["is_decoder"] = True
     return shrunk(CONFIG_MAPPING[model_type], extras)
@@ -390,11 +397,11 @@ def _layer_lists(default: PreTrainedConfig, fields: set[str]) -> dict[str, Any]:
     return sizes | {name: list(column) for name, column in zip(lists, zip(*kinds, strict=True), strict=True)}
 
 
-def build(model_type: str, seed: int = 0) -> PreTrainedModel:
+def build(model_type: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A tiny model in float32 and evaluation mode, whose parameters depend on the seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(tiny(model_type), dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_config(tiny(model_type, **changes), dtype=torch.float32).eval()
         scramble(model)
     return model.requires_grad_(False)
 
@@ -411,6 +418,8 @@ def scramble(model: nn.Module) -> None:
         for name, buffer in module.named_buffers(recurse=False):
             if "bias" in name and buffer.is_floating_point() and not buffer.any():
                 buffer.copy_(0.1 * torch.randn_like(buffer))  # what balances experts starts at zero
+            elif name == "layer_scalar":
+                buffer.mul_(0.8)  # a factor of the stream, which starts at one
 
 
 def _draw(module: nn.Module, name: str, parameter: nn.Parameter) -> None:

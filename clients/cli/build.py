@@ -95,7 +95,20 @@ class ManyCorpora(click.Command):
 )
 @click.option("--attention", metavar="A", help="sdpa, eager, flash_attention_2.  [default: sdpa where there is one]")
 @click.option(
-    "--with", "outputs", multiple=True, type=click.Choice(["loss"]), help="Also store the next-token loss (nats)."
+    "--with",
+    "outputs",
+    multiple=True,
+    metavar="OUTPUT,…",
+    help="Also store per token: loss, entropy (nats), topk=K (the K largest logits).",
+)
+@click.option(
+    "--quantize", multiple=True, metavar="KIND,…", help="Also store the sites quantised, with loss: int8, fp8."
+)
+@click.option(
+    "--only-quantized",
+    flag_value=True,
+    default=None,
+    help="Leave out the exact arrays of the sites; with --quantize.",
 )
 @click.option("--no-head", "head", flag_value=False, default=None, help="Do not store final norm and unembedding.")
 @click.option("--max-tokens", type=int, metavar="N", help="Stop after this many tokens of the corpus.")
@@ -117,6 +130,7 @@ def build_command(
     as_json: bool,
     corpus: tuple[str, ...],
     outputs: tuple[str, ...],
+    quantize: tuple[str, ...],
     **options: Any,
 ) -> None:
     """Run a model over a corpus and store what its sites hold in a sealed dataset at URL.
@@ -136,6 +150,7 @@ def build_command(
     given = {name: value for name, value in options.items() if value is not None}
     given |= {"corpus": corpus} if corpus else {}
     given |= {"outputs": outputs} if outputs else {}
+    given |= {"quantize": quantize} if quantize else {}
     if add_sites is not None and "sites" in given:
         raise click.UsageError("--sites is for a dataset's first build; give --add-sites alone to add to a sealed one")
     for name in ("model", "corpus") if add_sites is None else ("model",):

@@ -35,6 +35,8 @@ def info_command(url: str, endpoint_url: str | None, profile: str | None, anonym
     width = max(map(len, facts))
     for name, value in facts.items():
         click.echo(f"{name:<{width}}  {value}")
+    for line in _damage(ds):
+        click.echo(printable(line))
 
 
 def _origin(ds: Dataset) -> dict[str, str]:
@@ -42,12 +44,12 @@ def _origin(ds: Dataset) -> dict[str, str]:
     licences = f"model {labels.model_license or 'not stated'}, corpus {labels.corpus_license or 'not stated'}"
     facts = {"manifest": ds.manifest, "licences": licences, **_course(ds.provenance)}
     for number, generation in enumerate(ds.generations[1:], 1):
-        sites, spec = generation.sites, generation.provenance.spec
+        sites, spec = generation.captured, generation.provenance.spec
         added = {
             "sites": f"{len(sites)}: {' '.join(sites if len(sites) < 4 else (sites[0], '…', sites[-1]))}",
             "key": generation.key,
             "manifest": generation.manifest,
-            "dtype": f"{spec.stored_dtype} (computed in {spec.execution.compute_dtype})",
+            "dtype": f"{spec.stored_as} (computed in {spec.execution.compute_dtype})",
             **_course(generation.provenance),
         }
         facts |= {f"added build {number}: {name}": value for name, value in added.items()}
@@ -71,6 +73,25 @@ def _course(provenance: Provenance) -> dict[str, str]:
     }
 
 
+def _damage(ds: Dataset) -> Iterator[str]:
+    """What quantising did to each site, as a table."""
+    rows = []
+    for site, kinds in ds.quantised.items():
+        for kind in kinds:
+            damage = ds.damage(site, kind)
+            if damage is None:
+                rows.append([site, kind, "not recorded", "", "", ""])
+                continue
+            errors = (damage.relative_error, damage.median_token_error, damage.largest_token_error)
+            kl = f"{damage.kl:.2g}" if damage.kl is not None else damage.kl_note or ""
+            rows.append([site, kind, *(f"{error:.2g}" for error in errors), kl])
+    if rows:
+        yield ""
+        yield from _table(
+            [["quantised", "kind", "relative error", "median token", "largest token", "KL (nats)"], *rows]
+        )
+
+
 def _document(ds: Dataset) -> dict[str, Any]:
     return {
         "url": ds.url,
@@ -84,6 +105,10 @@ def _document(ds: Dataset) -> dict[str, Any]:
         "dtype": ds.dtype,
         "dtypes": ds.dtypes,
         "sites": ds.sites,
+        "quantised": {
+            site: {kind: damage.document() if (damage := ds.damage(site, kind)) else None for kind in kinds}
+            for site, kinds in ds.quantised.items()
+        },
         "raw_bytes": ds.raw_bytes,
         "provenance": ds.provenance.document(),
         "generations": [generation.document() for generation in ds.generations],

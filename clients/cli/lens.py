@@ -8,6 +8,7 @@ from actcache.clients.cli.common import print_json, reading_options
 from actcache.clients.lens import logit
 from actcache.clients.opening import open as open_dataset
 from actcache.clients.plots import overview
+from actcache.schemas.quantised import KINDS
 
 
 @click.group("lens")
@@ -18,11 +19,13 @@ def lens_group() -> None:
 @lens_group.command("logit")
 @click.argument("url")
 @click.option("--max-tokens", type=click.IntRange(1), metavar="N", help="Go over the first N tokens alone.")
+@click.option("--quantized", "quantised", type=click.Choice(KINDS), help="Read this quantised form of each state.")
 @click.option("--plot", metavar="FILE", help="Draw loss and residual norm by layer as a PNG.")
 @reading_options
 def logit_command(
     url: str,
     max_tokens: int | None,
+    quantised: str | None,
     plot: str | None,
     endpoint_url: str | None,
     profile: str | None,
@@ -35,7 +38,7 @@ def logit_command(
     actcache lens logit ./demo.zarr --plot demo.png
     """
     ds = open_dataset(url, endpoint_url=endpoint_url, profile=profile, anonymous=anonymous)
-    measures = logit(ds, max_tokens)
+    measures = logit(ds, max_tokens, quantised)
     if as_json:
         print_json({"sites": ds.residual_sites, **{name: values.tolist() for name, values in measures.items()}})
     else:

@@ -1,0 +1,141 @@
+"""Per-token outputs: what the model predicts at each token, of one pass over its logits.
+
+With logits z (float32) of a token and Z = log Σ exp(z_i): loss = Z - z_successor, entropy = -Σ p_i log p_i with
+p = exp(z - Z), both in nats; `topk` holds the largest z_i, their ids, and Z.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from concurrent.futures import Executor
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from actcache.cache.shards import ShardEncoder
+from actcache.jobs.batches import Batch
+from actcache.jobs.head import to_numpy
+from actcache.jobs.parts import ModelParts
+from actcache.schemas.array import ArrayLayout
+from actcache.schemas.errors import OutOfRange
+from actcache.schemas.outputs import ENTROPY, LOSS, TOPK_LOG_NORMALIZER, TOPK_LOGIT, TOPK_TOKEN_ID
+
+LOGITS_AT_ONCE = 1 << 26
+"""Most logits held at once: 256 MiB. A longer sequence is taken in pieces."""
+VALUES_AT_ONCE = 1 << 22
+"""Most logits of which more is made at once."""
+
+_NOTHING = -100
+"""cross_entropy's word for "no target"."""
+
+
+class OutputEncoder:
+    """Encodes a block's outputs while the forward passes go on. `layouts` are those of the outputs asked for."""
+
+    def __init__(self, layouts: Collection[ArrayLayout], vocabulary: int, pool: Executor) -> None:
+        self._encoders = {layout.name: ShardEncoder(layout, pool) for layout in layouts}
+        self._positions = max(1, LOGITS_AT_ONCE // vocabulary)
+        self._k = next((layout.shape[1] for layout in layouts if layout.name == TOPK_LOGIT), None)
+
+    @property
+    def names(self) -> list[str]:
+        """The arrays' names."""
+        return list(self._encoders)
+
+    @torch.inference_mode()
+    def append(self, parts: ModelParts, state: torch.Tensor, batch: Batch, first_token: int) -> None:
+        """Add the kept tokens of a batch of which `state` (sequence, position, width) is what the unembedding is given.
+
+        Raises:
+            OutOfRange: the model's logits are not finite.
+        """
+        for row, length in enumerate(batch.lengths):
+            ids = batch.input_ids[row, :length].to(state.device)
+            successor = functional.pad(ids[1:], (0, 1), value=_NOTHING)
+            keep = batch.keep[row, :length]
+            for low in range(0, int(length), self._positions):
+                high = min(low + self._positions, int(length))
+                logits = parts.logits(state[row, low:high])
+                found = measure(logits, successor[low:high], self._encoders, self._k)
+                kept = keep[low:high]
+                for name, values in found.items():
+                    rows = to_numpy(values.cpu()[kept])
+                    _check(name, rows, first_token, successor[low:high].cpu()[kept].numpy())
+                    self._encoders[name].append(rows)
+                first_token += int(kept.sum())
+
+    def finish(self, name: str) -> memoryview:
+        """The bytes of an array's shard."""
+        return self._encoders.pop(name).finish()
+
+
+def measure(
+    logits: torch.Tensor, successor: torch.Tensor, wanted: Iterable[str], k: int | None
+) -> dict[str, torch.Tensor]:
+    """The wanted outputs of logits (position, vocabulary), float32, by the names of their arrays.
+
+    `successor` (position) is each token's next one in its sequence, or -100 where there is none: there the loss is NaN.
+    """
+    found: dict[str, torch.Tensor] = {}
+    names = set(wanted)
+    if LOSS in names:
+        loss = functional.cross_entropy(logits, successor, reduction="none", ignore_index=_NOTHING)
+        found[LOSS] = loss.masked_fill(successor == _NOTHING, torch.nan)
+    if ENTROPY in names:
+        found[ENTROPY] = torch.cat([_entropy(some) for some in _split(logits, logits.shape[-1])])
+    if k is not None:
+        values, ids = largest(logits, k)
+        found[TOPK_LOGIT], found[TOPK_TOKEN_ID] = values, ids.to(torch.int32)
+        found[TOPK_LOG_NORMALIZER] = torch.logsumexp(logits, dim=-1)
+    return found
+
+
+def _split(rows: torch.Tensor, vocabulary: int) -> tuple[torch.Tensor, ...]:
+    """Rows in portions, so that what is made of their logits on the way is small beside the logits themselves."""
+    return torch.split(rows, max(1, VALUES_AT_ONCE // vocabulary))
+
+
+def _entropy(logits: torch.Tensor) -> torch.Tensor:
+    # entr(p) = -p log p is 0 at p = 0, where p times a log of its own would be NaN; and precise near p = 1
+    entropy: torch.Tensor = torch.special.entr(torch.softmax(logits, dim=-1)).sum(dim=-1)
+    return entropy
+
+
+def largest(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest of each row, descending, and where they are; of equal values the lower place comes first.
+
+    `torch.topk` leaves open which of equal values it takes, and models that compute in 16 bits have many.
+    """
+    values, places = logits.topk(k, dim=-1)
+    # Ties across the border of the k: those rows again, with values and places as one number that is never equal.
+    torn = ((logits >= values[:, -1:]).sum(dim=-1) > k).nonzero().flatten()
+    if len(torn):
+        places[torn] = torch.cat([_by_value_and_place(logits[rows], k) for rows in _split(torn, logits.shape[-1])])
+    places = places.sort(dim=-1).values
+    values = logits.gather(-1, places)
+    order = values.argsort(dim=-1, descending=True, stable=True)
+    return values.gather(-1, order), places.gather(-1, order)
+
+
+def _by_value_and_place(logits: torch.Tensor, k: int) -> torch.Tensor:
+    bits = (logits + 0.0).view(torch.int32)  # -0.0 + 0.0 is 0.0: they are equal
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
+    last = logits.shape[-1] - 1
+    keys = (ordered << 32) | torch.arange(last, -1, -1, device=logits.device)
+    return last - (keys.topk(k, dim=-1).values & 0xFFFFFFFF)
+
+
+def _check(name: str, rows: np.ndarray, first_token: int, successor: np.ndarray) -> None:
+    """Refuse what logits that are not finite leave. A single logit may be -inf: a token that the model rules out."""
+    if name in (TOPK_LOGIT, TOPK_TOKEN_ID):
+        return
+    bad = ~np.isfinite(rows)
+    if name == LOSS:
+        bad &= successor != _NOTHING
+    if bad.any():
+        row = int(np.flatnonzero(bad)[0])
+        raise OutOfRange(
+            f"{name}, token {first_token + row}: {float(rows[row])!r} from the model's logits; "
+            "try --compute-dtype float32, into another URL"
+        )
