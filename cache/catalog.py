@@ -84,13 +84,13 @@ def _entry(location: Location) -> Entry:
             return _described(url, "building", plan)
         generation = root.attributes.generations[0]
         labels = generation.provenance.labels
-        dtypes = dict.fromkeys(root.layouts[site].dtype for site in root.attributes.sites)
+        stored_as = dict.fromkeys(part.provenance.spec.stored_as for part in root.attributes.generations)
         return Entry(
             url,
             "sealed",
             labels.model,
             labels.corpus,
-            ", ".join(dtypes),
+            ", ".join(stored_as),
             tuple(root.attributes.captured),
             root.attributes.n_tokens,
             generation.key,

@@ -1,4 +1,4 @@
-"""What added builds lay claim to: each has the `norm/<n>/zarr.json` that names its sites, what else it stores, and its key.
+"""What added builds lay claim to: each has the `norm/<n>/zarr.json` that names its sites and outputs, and its key.
 
 That one object is put create-only before anything else, under the first number that is free, by whoever has seen every
 claim before it. So all of a build's names are claimed at once or not at all, and no two builds hold the same one.
@@ -24,22 +24,23 @@ from actcache.schemas.spec import difference
 
 @dataclass(frozen=True)
 class Claim:
-    """An added build that is not sealed: the number of its array of norms, its key, its sites and what else it stores."""
+    """An added build that is not sealed: the number of its array of norms, its key, the arrays that it holds."""
 
     number: int
     key: str
     sites: tuple[str, ...]
-    arrays: tuple[str, ...]
+    outputs: tuple[str, ...]
 
     @property
     def names(self) -> set[str]:
         """Every array that no other build may store."""
-        return {*self.sites, *self.arrays}
+        return {*self.sites, *self.outputs}
 
     @property
     def folders(self) -> tuple[str, ...]:
         """Where all that it stores lies, and nothing else does."""
-        arrays = [*self.sites, *self.arrays, *(f"statistics/{site}" for site in self.sites)]
+        groups = [name.split("/")[0] for name in self.outputs]  # of `topk/logit` the whole of `topk`
+        arrays = [*self.sites, *groups, *(f"statistics/{site}" for site in self.sites)]
         return (f"{NORMS}{self.number}/", added_records(self.key), *(f"{name}/" for name in arrays))
 
 
@@ -61,11 +62,11 @@ def begin(store: Store, plan: Plan, tokens: TokensRecord) -> Grid | None:
     Raises:
         SpecMismatch: another added build, which is not finished, holds one of the names.
     """
-    asked = Grid.of(plan, tokens)
-    names = {*plan.spec.sites, *asked.quantised, *asked.outputs}
+    wanted = Grid.of(plan, tokens)
+    names = {*plan.spec.sites, *wanted.quantised, *wanted.outputs}
     while True:
         root = newest_root(store)
-        if names & {*root.attributes.arrays, *root.attributes.captured}:
+        if names & set(root.attributes.arrays):
             return None
         claims, free = _look(store, root)
         held, theirs = _holder(store, plan, names, claims)
@@ -137,14 +138,14 @@ def _read(store: Store, number: int) -> Claim | None:
     where = str(store.location.child(key))
     try:
         attributes = ArrayLayout.parse(f"{NORMS}{number}", json.loads(bytes(data))).attributes
-        sites, arrays, build = tuple(attributes["sites"]), tuple(attributes["arrays"]), attributes["build"]
-        for name in (*sites, *arrays):
+        sites, outputs, build = tuple(attributes["sites"]), tuple(attributes["outputs"]), attributes["build"]
+        for name in (*sites, *outputs):
             check_name(name)
     except (ValueError, KeyError, TypeError, RecursionError, Unsupported):
         build = None
     if not is_sha256(build):
         raise Corrupt(f"{where}: not the norms of an added build; remove this folder, and what that build began")
-    return Claim(number, build, sites, arrays)
+    return Claim(number, build, sites, outputs)
 
 
 def _held(store: Store, held: Claim, name: str, asked: Plan, theirs: Plan | None) -> str:

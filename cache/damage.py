@@ -14,7 +14,7 @@ from actcache.cache.head import Head
 from actcache.schemas.errors import Corrupt
 from actcache.schemas.grid import Grid
 from actcache.schemas.quantised import BlockDamage, Damage, quantised_name, scale_name
-from actcache.schemas.receipt import Receipt
+from actcache.schemas.receipt import Receipt, receipts_of
 from actcache.schemas.sites import is_residual
 
 KL_TOKENS = 64
@@ -141,7 +141,7 @@ def quantised_roles(grid: Grid, receipts: Iterable[Receipt], generation: int = 0
             name, scale = quantised_name(site, kind), scale_name(site, kind)
             if any(name not in receipt.quantised for receipt in receipts):
                 raise Corrupt(
-                    f"{name}: a receipt under .actcache/receipts/ has no record of it; remove it and run again"
+                    f"{name}: a receipt under {receipts_of(grid.records)} has no record of it; remove it and run again"
                 )
             why = None if is_residual(site) else "not measured: no state of the residual stream"
             damage = merged((receipt.quantised[name] for receipt in receipts), why if grid.plan.spec.head else NO_HEAD)

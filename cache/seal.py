@@ -98,7 +98,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class SealedParts:
-    """What a build gives to the root: its generation, what each of its arrays is for, and all metadata by name."""
+    """What a build gives to the root: its generation, what its arrays are for, and all metadata by name."""
 
     grid: Grid
     generation: dict[str, Any]
@@ -117,7 +117,7 @@ def collect(store: Store, grid: Grid, tokens: TokensRecord | None, pool: Executo
         NotSealed: parts are missing; the message says how many.
         Corrupt: a stored part is not what its receipt says.
     """
-    plan, blocks = grid.plan, range(grid.n_blocks)
+    blocks, has_head = range(grid.n_blocks), grid.plan.spec.head and tokens is not None
     command = "'actcache build'" if tokens else "the same 'actcache build --add-sites'"
     receipts_at = [receipt_key(block, grid.records) for block in blocks]
     listing = store.list()
@@ -128,7 +128,7 @@ def collect(store: Store, grid: Grid, tokens: TokensRecord | None, pool: Executo
             f"run {command} to go on"
         )
     keys = [plan_key(grid.records), *((TOKENS_KEY,) if tokens else ()), *receipts_at]
-    if plan.spec.head:
+    if has_head:
         if HEAD_RECEIPT not in listing:
             raise NotSealed(f"{store.location}: the head is not stored yet; run 'actcache build' to go on")
         keys.append(HEAD_RECEIPT)
@@ -136,7 +136,7 @@ def collect(store: Store, grid: Grid, tokens: TokensRecord | None, pool: Executo
     records = [StoredObject(key=key, size=len(data), sha256=sha256(data)) for key, data in contents.items()]
     receipts = [Receipt.from_bytes(contents[key], str(store.location.child(key))) for key in receipts_at]
     head = None
-    if plan.spec.head:
+    if has_head:
         head = HeadReceipt.from_bytes(contents[HEAD_RECEIPT], str(store.location.child(HEAD_RECEIPT)))
     parts = Parts(grid, tokens, receipts, head, _merge(store, grid, receipts, pool), records)
     for entry in _stored(parts):
@@ -195,11 +195,10 @@ def _members(parts: Parts) -> dict[str, dict[str, Any]]:
     layouts = [*parts.grid.block_arrays()]
     d_model = parts.grid.plan.model.d_model
     layouts += [_statistics_layout(site, moments, d_model) for site, moments in parts.moments.items()]
-    members: dict[str, dict[str, Any]] = {}
+    members = {name.split("/")[0]: group_document() for name in parts.grid.outputs if "/" in name}
     if parts.tokens is not None:
         layouts += parts.grid.token_arrays().values()
-        members = {"norm": group_document(), "statistics": group_document()}
-    members |= {name.split("/")[0]: group_document() for name in parts.grid.outputs if "/" in name}
+        members |= {"norm": group_document(), "statistics": group_document()}
     if parts.head is not None:
         layouts += [head_layout(name, array.shape, array.dtype) for name, array in parts.head.arrays.items()]
         members["head"] = head_group(parts.head.operations)
@@ -238,13 +237,13 @@ def seal_parts(store: Store, parts: Parts, pool: Executor, replay: ReplayResult,
         "only_quantised": [site for site in spec.sites if site not in grid.exact_sites],
         "provenance": _provenance(parts, _environments(store, grid.records), replay, began),
     }
-    roles: dict[str, str] = dict.fromkeys(grid.token_arrays() if parts.tokens else (), "token")
-    roles |= dict.fromkeys(grid.exact_sites, "site") | {grid.norm.name: "norm"}
-    roles |= dict.fromkeys(grid.outputs, "output")
-    roles |= {f"statistics/{site}": "statistics" for site in spec.sites}
-    roles |= {f"head/{name}": "head" for name in (parts.head.arrays if parts.head else ())}
-    whole = {name: {"role": role} for name, role in roles.items()} | quantised_roles(grid, parts.receipts)
-    return SealedParts(grid, generation, whole, members)
+    names = dict.fromkeys(grid.token_arrays() if parts.tokens else (), "token")
+    names |= dict.fromkeys(grid.exact_sites, "site") | {grid.norm.name: "norm"}
+    names |= dict.fromkeys(grid.outputs, "output")
+    names |= {f"statistics/{site}": "statistics" for site in spec.sites}
+    names |= {f"head/{name}": "head" for name in (parts.head.arrays if parts.head else ())}
+    roles = {name: {"role": role} for name, role in names.items()} | quantised_roles(grid, parts.receipts)
+    return SealedParts(grid, generation, roles, members)
 
 
 def _provenance(

@@ -252,10 +252,7 @@ class Dataset:
 
     @property
     def dtype(self) -> str:
-        """The stored dtype of the sites; separated by commas where an added build stored another. `dtypes` has each.
-
-        The kinds of their quantised forms where there is nothing else.
-        """
+        """The stored dtype of the sites, or dtypes where builds differ; the kinds of their quantised forms where there is no other."""
         if not self.sites:
             return ", ".join(kind for kind in KINDS if any(kind in kinds for kinds in self.quantised.values()))
         return ", ".join(dict.fromkeys(self.dtypes.values()))

@@ -21,6 +21,7 @@ from actcache.jobs.source import ModelSource, source_of
 from actcache.jobs.torch_half import torch_half
 from actcache.schemas.anatomy import Anatomy
 from actcache.schemas.errors import Corrupt, InvalidInput, SpecMismatch, StoreError
+from actcache.schemas.outputs import output_layouts
 from actcache.schemas.plan import PLAN_KEY, BatchRule, Labels, ModelShape, Plan, added_records
 from actcache.schemas.root import Generation, RootAttributes
 from actcache.schemas.sites import expand
@@ -66,6 +67,11 @@ def add(store: Store, spec: Spec, patterns: str | Iterable[str], reporter: Repor
         missing = [site for site in sites if site not in root.captured]
         stored = {name for generation in root.generations for name in generation.provenance.spec.outputs}
         outputs = tuple(name for name in spec.outputs if name not in stored)
+        if clash := set(output_layouts(outputs, 1, 1)) & set(root.arrays):
+            raise SpecMismatch(
+                f"{store.location}: holds {min(clash)} already, of another spec (outputs: {', '.join(sorted(stored))} here, "
+                f"{', '.join(outputs)} asked for); leave it out of --with"
+            )
         if not missing:
             return _nothing_to_do(store, spec, root, sites, outputs)
         wanted = same.model_copy(update={"sites": tuple(missing), "outputs": outputs})
@@ -115,7 +121,7 @@ def _plan(store: Store, spec: Spec, source: ModelSource, anatomy: Anatomy, same:
     first = read_plan(store)
     if first is None:
         raise Corrupt(f"{store.location.child(PLAN_KEY)}: missing; copy it again from where the dataset came")
-    resolved = _asked(spec, first.model, same).model_copy(update={"head": False})
+    resolved = _asked(spec, first.model, same)
     plan = Plan(
         key=resolved.key(),
         tokens_key=resolved.tokens_key(),
@@ -140,7 +146,8 @@ def _asked(spec: Spec, shape: ModelShape, base: ResolvedSpec) -> ResolvedSpec:
     """A resolved spec with whatever a spec says of stored dtype, quantising, execution and layout."""
     stored_dtype = base.stored_dtype if spec.dtype == "auto" else spec.dtype
     update: dict[str, Any] = {"stored_dtype": stored_dtype, "execution": _execution(spec, base)}
-    update |= {"quantize": quantisation(spec)} if spec.quantize else {}
+    if spec.quantize:
+        update["quantize"] = quantisation(spec)
     if spec.block_tokens is not None or spec.chunk_tokens is not None:
         block = spec.block_tokens or base.layout.block_tokens
         chunk = spec.chunk_tokens or (base.layout.chunk_tokens if block % base.layout.chunk_tokens == 0 else None)

@@ -198,10 +198,10 @@ def check_layout(plan: Plan) -> None:
 
 
 def quantisation(spec: Spec) -> Quantisation | None:
-    """In which kinds a spec stores its sites quantised.
+    """In which kinds a spec wants its sites quantised.
 
     Raises:
-        InvalidInput: what it asks for contradicts itself.
+        InvalidInput: nothing would be stored, or nothing in the dtype that is asked for.
     """
     if spec.only_quantized and not spec.quantize:
         raise InvalidInput(

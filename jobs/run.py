@@ -183,7 +183,7 @@ def _prepare(store: Store, grid: Grid, parts: ModelParts, feed: Feed, pool: Boun
     spec = grid.plan.spec
     record = canonical(environment(parts, spec, _proof(grid, parts, feed)))
     publish(store, f"{environments_of(grid.records)}{sha256(record)}.json", record)
-    if not spec.head or store.get_or_none(HEAD_RECEIPT) is not None:
+    if not spec.head or grid.number or store.get_or_none(HEAD_RECEIPT) is not None:
         return
     head = head_parts(parts)
     stored: list[StoredObject] = [publish_document(store, "head/zarr.json", head_group(head.operations))]

@@ -94,7 +94,7 @@ class Grid:
         """L2 norms, (token, site). That of an added build names the build, and so is its claim to all that it adds."""
         layout, sites = self.plan.spec.layout, self.plan.spec.sites
         vector = "stored vector" if self.exact_sites else "vector before it was quantised"
-        claim = {"build": self.plan.key, "arrays": [*self.quantised, *self.outputs]} if self.number else {}
+        claim = {"build": self.plan.key, "outputs": [*self.quantised, *self.outputs]} if self.number else {}
         return ArrayLayout(
             f"{NORMS}{self.number}",
             (self.n_tokens, len(sites)),

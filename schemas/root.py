@@ -43,7 +43,7 @@ class Provenance(Record):
 class Generation(Record):
     """The sites that one build stored: the first build, then each added one, in the order of their seals.
 
-    `sites` with their values as they are, `only_quantised` in quantised form alone.
+    `sites` have their values as they are, `only_quantised` are there in quantised form alone.
     """
 
     key: str
@@ -91,7 +91,7 @@ class RootAttributes(Record):
 
     @property
     def sites(self) -> list[str]:
-        """Every activation site whose values are stored as they are, in model order."""
+        """Every activation site with its values as they are, in model order."""
         return model_order([generation.sites for generation in self.generations])
 
     @property

@@ -195,6 +195,23 @@ def test_modules_of_another_width_can_be_added(ds: Path, more: ac.Spec):
     check_whole(ds)
 
 
+def test_an_added_build_may_quantise(ds: Path, more: ac.Spec, built: str):
+    """With what that costs, measured by the dataset's own head."""
+    other = more.model_copy(update={"quantize": ("int8",), "only_quantized": True, "outputs": ("topk=3",)})
+    ac.build(other, ds, add_sites="blocks.1.hook_resid_mid")
+    found = ac.open(ds)
+    assert found.quantised == {"blocks.1.hook_resid_mid": ("int8",)}
+    assert len(found.generations[1].provenance.replay.sequences) == 4
+    assert found.damage("blocks.1.hook_resid_mid", "int8").kl is not None
+    whole = ac.open(built)["blocks.1.hook_resid_mid"].compute()
+    values = found.site("blocks.1.hook_resid_mid", "int8").compute()
+    assert np.linalg.norm(values - whole) / np.linalg.norm(whole) < 0.02
+    check_whole(ds)
+    assert ac.build(other, ds, add_sites="blocks.1.hook_resid_mid").state == "already sealed"
+    with pytest.raises(ac.SpecMismatch, match=r"holds topk.* already.*outputs: topk=3 here, topk=5 asked for"):
+        ac.build(more.model_copy(update={"outputs": ("topk=5",)}), ds, add_sites="blocks.1.hook_mlp_out")
+
+
 def test_a_dataset_without_a_head_gets_none(first: ac.Spec, more: ac.Spec, tmp_path: Path):
     ac.build(first.model_copy(update={"head": False}), tmp_path / "ds")
     ac.build(more, tmp_path / "ds", add_sites="blocks.0.hook_mlp_out")

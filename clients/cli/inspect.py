@@ -44,12 +44,12 @@ def _origin(ds: Dataset) -> dict[str, str]:
     licences = f"model {labels.model_license or 'not stated'}, corpus {labels.corpus_license or 'not stated'}"
     facts = {"manifest": ds.manifest, "licences": licences, **_course(ds.provenance)}
     for number, generation in enumerate(ds.generations[1:], 1):
-        sites, spec = generation.sites, generation.provenance.spec
+        sites, spec = generation.captured, generation.provenance.spec
         added = {
             "sites": f"{len(sites)}: {' '.join(sites if len(sites) < 4 else (sites[0], '…', sites[-1]))}",
             "key": generation.key,
             "manifest": generation.manifest,
-            "dtype": f"{spec.stored_dtype} (computed in {spec.execution.compute_dtype})",
+            "dtype": f"{spec.stored_as} (computed in {spec.execution.compute_dtype})",
             **_course(generation.provenance),
         }
         facts |= {f"added build {number}: {name}": value for name, value in added.items()}
