@@ -19,7 +19,7 @@ from actcache.schemas.corpora import Selection
 from actcache.schemas.errors import InvalidInput
 
 ITEMS_AT_ONCE = 512
-USED, TOO_SHORT, TOO_LONG = 0, 1, 2
+USED, TOO_SHORT, TOO_LONG, NO_TOKENS = 0, 1, 2, 3
 DROPPED = {TOO_SHORT: "shorter than min_tokens", TOO_LONG: "longer than max_document_tokens"}
 
 Item = Document | BadRow
@@ -77,11 +77,11 @@ def collect(
         StoreError: a server fails, or the disk is full.
     """
     lowest = wanted.lowest()
-    items = corpus.documents(split_at)
+    items = _texts(corpus.documents(split_at), corpus, encoder)
     if wanted.ranked:
         items = _admitted(items, wanted, lowest)
     collector = _Collector(corpus, wanted, lowest, into)
-    portions = _portions(_texts(items, corpus, encoder))
+    portions = _portions(items)
     with ahead(portions, "read") as read, ahead((_encoded(portion, encoder) for portion in read), "encode") as encoded:
         for portion in encoded:
             for item in portion:
@@ -93,7 +93,10 @@ def collect(
 
 
 def _admitted(items: Iterable[Item], wanted: Wanted, lowest: Lowest) -> Iterator[Item]:
-    """Without the documents that are surely not wanted. Every bad row stays, to be counted."""
+    """Without the documents that are surely not wanted. Every bad row stays, to be counted.
+
+    How many are left out depends on how far the writing is: nothing that is stored may depend on it.
+    """
     decided: tuple[int, int] | None = None
     admits = True
     for item in items:
@@ -199,11 +202,11 @@ class _Collector:
         """A document is whole."""
         self._begun = False
         chosen, eos = self._wanted.selection, self._wanted.eos
-        if self._length == 0:
+        if self._length == 0 and not self._wanted.ranked:
             where = self._corpus.where(item.source, item.row)
             return self._skip(BadRow(item.source, item.row, "empty", f"{where}: no tokens"))
-        verdict = USED
-        if chosen.min_tokens is not None and self._length < chosen.min_tokens:
+        verdict = USED if self._length else NO_TOKENS
+        if verdict == USED and chosen.min_tokens is not None and self._length < chosen.min_tokens:
             verdict = TOO_SHORT
         if chosen.max_document_tokens is not None and self._length > chosen.max_document_tokens:
             verdict = TOO_LONG

@@ -15,7 +15,7 @@ from actcache.cache.lease import Lease
 from actcache.cache.store import Store
 from actcache.jobs.arrange import DOCUMENTS_AT_ONCE, Rules, arrange
 from actcache.jobs.axis import Axis
-from actcache.jobs.collect import DROPPED, USED, Collected, Tick, Wanted, collect
+from actcache.jobs.collect import DROPPED, NO_TOKENS, USED, Collected, Tick, Wanted, collect
 from actcache.jobs.corpora.corpus import Corpus
 from actcache.jobs.encode import Encoder
 from actcache.jobs.selection import ranks
@@ -96,6 +96,10 @@ def _made(plan: Plan, corpus: Corpus, tokenizer: Any, spools: ExitStack, tick: T
     collected = Collected(spools.enter_context(Spool("int32")), spools.enter_context(Spool("int64", 5)))
     collect(corpus, encoder, ids.eos, wanted, collected, tick)
     axis, dropped = laid_out(collected, wanted, ids, spools)
+    if corpus.strict and collected.skipped:  # a document without tokens, among those that ranks chose
+        raise InvalidInput(
+            f"{collected.skipped['empty']:,} documents have no tokens; build without --strict to skip them"
+        )
     first = collected.first_skipped
     if axis.arranged.n_tokens == 0:
         raise _nothing(collected, dropped)
@@ -135,7 +139,11 @@ def laid_out(collected: Collected, wanted: Wanted, ids: SpecialIds, spools: Exit
     enough = wanted.selection.shuffle is not None and arranged.n_tokens == wanted.rules.max_tokens
     if enough and walked is not None and order is not None:
         walked = walked[: int(np.flatnonzero(walked == order[arranged.n_documents - 1])[0]) + 1]
-    return Axis(collected.tokens, arranged, rows, ids.bos, ids.eos), _dropped(collected.documents, walked)
+    verdicts = _verdicts(collected.documents, walked)
+    if verdicts[NO_TOKENS]:
+        collected.skipped["empty"] += verdicts[NO_TOKENS]
+    dropped = {reason: verdicts[verdict] for verdict, reason in DROPPED.items() if verdicts[verdict]}
+    return Axis(collected.tokens, arranged, rows, ids.bos, ids.eos), dropped
 
 
 def _ordered(documents: np.ndarray, wanted: Wanted) -> tuple[np.ndarray, np.ndarray]:
@@ -162,13 +170,14 @@ def _used(documents: Spool, order: np.ndarray | None) -> Iterator[np.ndarray]:
             yield rows
 
 
-def _dropped(documents: Spool, walked: np.ndarray | None) -> dict[str, int]:
+def _verdicts(documents: Spool, walked: np.ndarray | None) -> Counter[int]:
+    """How many documents there are of each verdict."""
     counts: Counter[int] = Counter()
     for start in range(0, len(documents) if walked is None else len(walked), DOCUMENTS_AT_ONCE):
         stop = start + DOCUMENTS_AT_ONCE
         rows = documents.rows(start, stop) if walked is None else documents.take(walked[start:stop])
         counts.update(dict(zip(*(part.tolist() for part in np.unique(rows[:, 4], return_counts=True)), strict=True)))
-    return {reason: counts[verdict] for verdict, reason in DROPPED.items() if counts[verdict]}
+    return counts
 
 
 def _nothing(collected: Collected, dropped: dict[str, int]) -> InvalidInput:
@@ -188,7 +197,8 @@ def _told(made: Made) -> str:
     parts = []
     if made.skipped:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(made.skipped.items()))
-        parts.append(f"{sum(made.skipped.values()):,} rows were skipped ({reasons}); the first: {made.first_skipped}")
+        first = f"; the first: {made.first_skipped}" if made.first_skipped is not None else ""
+        parts.append(f"{sum(made.skipped.values()):,} rows were skipped ({reasons}){first}")
     parts += [f"{count:,} documents were dropped, {reason}" for reason, count in made.dropped.items()]
     return "; ".join(parts)
 

@@ -515,6 +515,25 @@ def test_portions_change_nothing(tokens, numbered: str, data):
         assert tokens(numbered, **fields).record == expected
 
 
+def test_what_is_counted_does_not_depend_on_who_was_faster(tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from actcache.jobs import selection
+
+    path = write(
+        tmp_path / "a.jsonl", ["<|endoftext|>" if i % 3 else f"text {i}" for i in range(300)]
+    )  # BOS alone is no text
+    fields: dict[str, Any] = {"bos": "always", "sample": 7, "shuffle": 2}
+    whole = tokens(path, bos="always")
+    assert whole.record.skipped == {"empty": 200}
+    expected = tokens(path, **fields).record
+    assert 0 < expected.skipped["empty"] < 100
+    monkeypatch.setattr(selection, "LEAST_KEPT", 1)
+    for size in (1, 3, 50):
+        monkeypatch.setattr(collecting, "ITEMS_AT_ONCE", size)
+        assert tokens(path, **fields).record == expected
+    with pytest.raises(ac.InvalidInput, match="documents have no tokens; build without --strict"):
+        tokens(path, strict=True, **fields)
+
+
 # Sequences
 
 
