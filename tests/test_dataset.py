@@ -284,7 +284,9 @@ def test_the_provenance_tells_where_it_comes_from(built: str):
     assert provenance.replay.status == "replayed"
     assert len(provenance.replay.sequences) == 4
     (environment,) = provenance.environments
-    assert set(environment["proof"]) == {"logits", "stream", "attention", "mlp", "final_norm", "padding", "head"}
+    contexts = {"padding", "batch", "causality"}
+    assert set(environment["proof"]) == {"logits", "stream", "attention", "mlp", "final_norm", "head", *contexts}
+    assert environment["sites"]["blocks.1.hook_mlp_out"] == "output of transformer.h.1.mlp"
     assert environment["libraries"]["torch"]
     assert (provenance.mixed_environments, provenance.mixed_attempts) == (False, ())
     assert provenance.labels.model == "random-gpt2"

@@ -48,8 +48,11 @@ def test_only_the_first_tokens(built: str):
 
 
 def test_an_operation_of_a_later_version_is_refused():
-    with pytest.raises(Unsupported, match="'softcap'"):
-        Head([{"op": "softcap", "value": 30.0}], {}).logits(np.zeros((1, 2)))
+    with pytest.raises(Unsupported, match="'swirl'"):
+        Head([{"op": "swirl", "value": 30.0}], {}).logits(np.zeros((1, 2)))
+    for damaged in ({"op": "softcap"}, {"op": "scale", "factor": float("nan")}, {"op": "first", "rows": 9.0}):
+        with pytest.raises(ac.Corrupt, match="does not fit vectors of"):
+            Head([damaged], {}).check(2)
     with pytest.raises(ac.Corrupt, match="names no array"):
         Head([{"op": "linear", "weight": "absent"}], {}).logits(np.zeros((1, 2)))
     for weight in (np.zeros((5, 3)), np.zeros(2)):

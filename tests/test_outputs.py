@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import actcache as ac
 from actcache.jobs import outputs
+from actcache.jobs.parts import ModelParts
 from actcache.schemas.errors import Corrupt
 from actcache.schemas.outputs import parse_outputs
 from actcache.schemas.root_document import parse_root
@@ -167,14 +168,14 @@ def test_words_in_any_form_are_one_record():
 def test_logits_that_are_not_finite_stop_the_build(
     asked: ac.Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: float, name: str
 ):
-    right = outputs.logits_of
+    right = ModelParts.logits
 
     def wrong(parts, state):
         logits = right(parts, state)
         logits[-1, 3] = bad
         return logits
 
-    monkeypatch.setattr(outputs, "logits_of", wrong)
+    monkeypatch.setattr(ModelParts, "logits", wrong)
     wanted = "entropy" if name == "entropy" else "topk=2"
     with pytest.raises(ac.OutOfRange, match=rf"{name}, token \d+: .*logits; try --compute-dtype float32"):
         ac.build(asked.model_copy(update={"outputs": (wanted,)}), tmp_path / "ds")

@@ -462,12 +462,12 @@ def test_zero_activations(tmp_path: Path, corpus: str):
 def test_a_model_that_computes_nan_stops_with_the_place(tmp_path: Path, corpus: str, dtype: str):
     from actcache.jobs import blocks
 
-    def wrong(parts, ids, mask, sites, sink, whole):
+    def wrong(parts, inputs, sites, sink, whole):
         def spoilt(site, tensor):
             tensor[0, 0, 5] = torch.inf
             sink(site, tensor)
 
-        return right(parts, ids, mask, sites, spoilt, whole)
+        return right(parts, inputs, sites, spoilt, whole)
 
     right = blocks.run
     folder = save_gpt2(tmp_path / "model", dtype=getattr(torch, dtype))
