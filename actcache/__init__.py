@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from actcache.clients.dataset import Dataset
     from actcache.clients.opening import catalog, open, verify
     from actcache.jobs.build import BuildResult, build
+    from actcache.jobs.replaying import replay
 
 __version__ = metadata.version("actcache")
 
@@ -40,6 +41,7 @@ _LAZY = {
     "catalog": "actcache.clients.opening",
     "lens": "actcache.clients",
     "open": "actcache.clients.opening",
+    "replay": "actcache.jobs.replaying",
     "verify": "actcache.clients.opening",
 }
 
@@ -62,6 +64,7 @@ __all__ = [
     "catalog",
     "lens",
     "open",
+    "replay",
     "verify",
 ]
 

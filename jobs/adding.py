@@ -57,7 +57,7 @@ def add(store: Store, spec: Spec, patterns: str | Iterable[str], reporter: Repor
         SpecMismatch: the tokens or the model are others, or an unfinished added build holds one of the sites.
     """
     root = newest_root(store).attributes
-    source = source_of(spec)
+    source = source_of(spec.model, spec.revision)
     same = _same_tokens(store, spec, source, root)
     run_as = _execution(spec, same)
     studied = study(source, same.model, run_as.compute_dtype, run_as.attention)

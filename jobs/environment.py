@@ -20,7 +20,7 @@ def environment(parts: ModelParts, spec: ResolvedSpec, proof: dict[str, float]) 
     """The record of this worker, with the errors of its proof."""
     cuda = parts.device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(parts.device) if cuda else _processor(),
+        "device": device_name(parts),
         "platform": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "libraries": {name: metadata.version(name) for name in _LIBRARIES},
@@ -34,6 +34,11 @@ def environment(parts: ModelParts, spec: ResolvedSpec, proof: dict[str, float]) 
         "sites": {site: parts.anatomy.meaning(site) for site in spec.sites},
         "proof": proof,
     }
+
+
+def device_name(parts: ModelParts) -> str:
+    """What a model runs on: the name of the GPU or of the processor."""
+    return torch.cuda.get_device_name(parts.device) if parts.device.type == "cuda" else _processor()
 
 
 def _processor() -> str:

@@ -40,9 +40,7 @@ def replay(store: Store, grid: Grid, parts: ModelParts, feed: Feed, sequence_sta
     spec = grid.plan.spec
     rng = random.Random(grid.plan.key)
     drawn = sorted(rng.sample(range(grid.n_sequences), min(SEQUENCES, grid.n_sequences)))
-    rounding = tolerance(spec.execution.compute_dtype, grid.plan.model.n_layers)
-    exact = rounding + 2 * float(torch.finfo(getattr(torch, spec.stored_dtype)).eps)
-    forms = [*_exact(store, grid), *_quantised(store, grid)]
+    forms = forms_of(store, grid)
     worst, told = 0.0, 0.0
     for sequence in drawn:
         start, stop = int(sequence_start[sequence]), int(sequence_start[sequence + 1])
@@ -52,10 +50,10 @@ def replay(store: Store, grid: Grid, parts: ModelParts, feed: Feed, sequence_sta
             states[site] = to_numpy(tensor[0])
 
         run(parts, feed.alone(sequence), spec.sites, keep)
-        receipts = _receipts(store, grid, start, stop) if spec.quantize is not None else []
+        receipts = receipts_of_tokens(store, grid, start, stop)
         for form in forms:
-            error = relative_error(_wide(form.reader.read(start, stop)), _wide(states[form.site]))
-            limit = exact if form.bound is None else _damaged(form, receipts, rounding)
+            error = relative_error(wide(form.reader.read(start, stop)), wide(states[form.site]))
+            limit = limit_of(form, grid, receipts)
             if form.bound is None or not grid.exact_sites:
                 worst, told = max(worst, error), max(told, limit)
             if not error <= limit:
@@ -68,7 +66,7 @@ def replay(store: Store, grid: Grid, parts: ModelParts, feed: Feed, sequence_sta
 
 
 @dataclass(frozen=True)
-class _Form:
+class Form:
     """A stored form of a site; of a quantised one the largest relative error that quantising can cause."""
 
     name: str
@@ -77,12 +75,17 @@ class _Form:
     bound: float | None = None
 
 
-def _exact(store: Store, grid: Grid) -> Iterator[_Form]:
+def forms_of(store: Store, grid: Grid) -> list[Form]:
+    """Every form in which a build's sites are stored."""
+    return [*_exact(store, grid), *_quantised(store, grid)]
+
+
+def _exact(store: Store, grid: Grid) -> Iterator[Form]:
     for site in grid.exact_sites:
-        yield _Form(site, site, ArrayReader(store, grid.site(site)))
+        yield Form(site, site, ArrayReader(store, grid.site(site)))
 
 
-def _quantised(store: Store, grid: Grid) -> Iterator[_Form]:
+def _quantised(store: Store, grid: Grid) -> Iterator[Form]:
     asked = grid.plan.spec.quantize
     if asked is None:
         return
@@ -91,26 +94,33 @@ def _quantised(store: Store, grid: Grid) -> Iterator[_Form]:
             layouts = quantised_layouts(grid.site(site), kind, asked.group)
             codes, scales = (ArrayReader(store, layout) for layout in layouts)
             reader = QuantisedReader(codes, scales, kind, asked.group)
-            yield _Form(codes.layout.name, site, reader, error_bound(kind, asked.group))
+            yield Form(codes.layout.name, site, reader, error_bound(kind, asked.group))
 
 
-def _receipts(store: Store, grid: Grid, start: int, stop: int) -> list[Receipt]:
-    """The receipts of the blocks that hold tokens [start, stop)."""
+def receipts_of_tokens(store: Store, grid: Grid, start: int, stop: int) -> list[Receipt]:
+    """The receipts of the blocks that hold tokens [start, stop), which tell of quantising; none where nothing is quantised."""
+    if grid.plan.spec.quantize is None:
+        return []
     blocks = range(start // grid.block_tokens, (stop - 1) // grid.block_tokens + 1)
     keys = [receipt_key(block, grid.records) for block in blocks]
     return [Receipt.from_bytes(bytes(store.get(key)), str(store.location.child(key))) for key in keys]
 
 
-def _damaged(form: _Form, receipts: list[Receipt], rounding: float) -> float:
-    """By how much a quantised form may differ from a replay.
+def limit_of(form: Form, grid: Grid, receipts: list[Receipt]) -> float:
+    """By how much a stored form may differ from what the model computes again, as a ratio of norms.
 
-    With ‖x - q‖ ≤ e ‖x‖ recorded and ‖x - x'‖ ≤ r ‖x'‖ from rounding, ‖q - x'‖ ≤ (e (1 + r) + r) ‖x'‖; twice r, since what is stored
-    may be of an attempt on other hardware than what is recorded.
+    Rounding r of the computation and of the stored dtype; of a quantised form the damage too: with ‖x - q‖ ≤ e ‖x‖ recorded and
+    ‖x - x'‖ ≤ r ‖x'‖, ‖q - x'‖ ≤ (e (1 + r) + r) ‖x'‖; twice r, since what is stored may be of an attempt on other hardware
+    than what is recorded.
     """
-    assert form.bound is not None
+    spec = grid.plan.spec
+    rounding = tolerance(spec.execution.compute_dtype, grid.plan.model.n_layers)
+    if form.bound is None:
+        return rounding + 2 * float(torch.finfo(getattr(torch, spec.stored_dtype)).eps)
     recorded = [receipt.quantised[form.name].largest for receipt in receipts if form.name in receipt.quantised]
     return min(form.bound, max(recorded, default=form.bound)) * (1 + 2 * rounding) + 2 * rounding
 
 
-def _wide(rows: np.ndarray) -> torch.Tensor:
+def wide(rows: np.ndarray) -> torch.Tensor:
+    """Rows as a tensor; bfloat16, which torch cannot take from numpy, as float32."""
     return torch.from_numpy(rows.astype(np.float32) if rows.dtype == numpy_dtype("bfloat16") else rows)

@@ -8,7 +8,7 @@ from typing import Protocol
 from actcache.jobs.checkpoint import locate
 from actcache.jobs.torch_half import torch_half
 from actcache.schemas.capturable import Capturable
-from actcache.schemas.spec import ModelIdentity, Spec, TokenizerIdentity
+from actcache.schemas.spec import ModelIdentity, TokenizerIdentity
 
 
 class ModelSource(Protocol):
@@ -51,14 +51,14 @@ class ModelSource(Protocol):
         ...
 
 
-def source_of(spec: Spec) -> ModelSource:
-    """Find a spec's model.
+def source_of(model: str | Capturable, revision: str | None) -> ModelSource:
+    """Find a model: a hub id at a revision, a folder, or a module of the user's own.
 
     Raises:
         InvalidInput: there is no such folder or model, or a module of the user's own cannot be used.
         StoreError: the hub cannot be reached.
     """
-    if isinstance(spec.model, Capturable):
-        own: ModelSource = torch_half("own").OwnModel(spec.model)
+    if isinstance(model, Capturable):
+        own: ModelSource = torch_half("own").OwnModel(model)
         return own
-    return locate(spec.model, spec.revision)
+    return locate(model, revision)

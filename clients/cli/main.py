@@ -10,6 +10,7 @@ from actcache.clients.cli.common import OneLineErrors, debug_option
 from actcache.clients.cli.inspect import info_command, ls_command, verify_command
 from actcache.clients.cli.lens import lens_group
 from actcache.clients.cli.prove import prove_command
+from actcache.clients.cli.replay import replay_command
 
 
 @click.group(
@@ -28,5 +29,14 @@ def main() -> None:
     """
 
 
-for command in (build_command, prove_command, info_command, verify_command, ls_command, seal_command, lens_group):
+for command in (
+    build_command,
+    prove_command,
+    replay_command,
+    info_command,
+    verify_command,
+    ls_command,
+    seal_command,
+    lens_group,
+):
     main.add_command(command)

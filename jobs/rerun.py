@@ -1,0 +1,169 @@
+"""The half of `replay` that runs the model."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from actcache.cache.added import stored_tokens
+from actcache.cache.opening import SealedRoot, read_plan
+from actcache.cache.reader import ArrayReader
+from actcache.cache.store import Store
+from actcache.jobs.anatomy import study
+from actcache.jobs.batches import Batch, touching
+from actcache.jobs.capture import run
+from actcache.jobs.determinism import deterministic
+from actcache.jobs.environment import device_name
+from actcache.jobs.feeds import Feed
+from actcache.jobs.head import to_numpy
+from actcache.jobs.parts import ModelParts
+from actcache.jobs.proof import relative_error
+from actcache.jobs.replay import Form, forms_of, limit_of, receipts_of_tokens, wide
+from actcache.jobs.replaying import Replayed, SiteReplay
+from actcache.jobs.resolve import Chosen
+from actcache.jobs.run import feed_of, loaded_parts
+from actcache.jobs.source import ModelSource, source_of
+from actcache.schemas.capturable import Capturable
+from actcache.schemas.errors import Corrupt, InvalidInput, SpecMismatch
+from actcache.schemas.grid import Grid
+from actcache.schemas.plan import Plan
+from actcache.schemas.receipt import Receipt
+from actcache.schemas.root import Generation
+
+
+@deterministic()
+def rerun(store: Store, root: SealedRoot, count: int, model: str | Path | Capturable | None) -> Replayed:
+    """Replay every generation of a dataset; see `actcache.jobs.replaying.replay`."""
+    attributes = root.attributes
+    rng = random.Random(f"{attributes.generations[0].key} {count}")
+    drawn = sorted(rng.sample(range(attributes.n_sequences), min(count, attributes.n_sequences)))
+    found = Replayed(str(store.location), drawn)
+    tokens = stored_tokens(store, attributes)
+    for number, generation in enumerate(attributes.generations):
+        plan = read_plan(store, attributes.records(number))
+        if plan is None:
+            raise Corrupt(f"{store.location}: the plan of generation {number} is missing; copy the dataset again")
+        grid = Grid.of(plan, tokens, number)
+        source = _source(store, plan, model)
+        execution = plan.spec.execution
+        chosen = Chosen(plan, source, study(source, plan.spec.model, execution.compute_dtype, execution.attention))
+        parts = loaded_parts(chosen)
+        sequence_start = ArrayReader(store, grid.token_arrays()["sequence_start"]).read()
+        feed = feed_of(store, grid, chosen, sequence_start, parts)
+        _Comparison(store, grid, parts, feed, sequence_start).compare(drawn, found.arrays)
+        found.differs |= _differences(generation, parts)
+    return found
+
+
+def _source(store: Store, plan: Plan, model: str | Path | Capturable | None) -> ModelSource:
+    """The plan's model, found by its name or where the user says."""
+    labels = plan.labels
+    if model is None and labels.revision is None:
+        raise InvalidInput(
+            f"{store.location}: was built from {labels.model!r}, which is no model of a hub at a commit; "
+            "say where it is with --model, or model=… in Python"
+        )
+    if model is None:
+        source = source_of(labels.model, labels.revision)
+    else:
+        source = source_of(model if isinstance(model, Capturable) else str(model), None)
+    if source.identity() != plan.spec.model:
+        raise SpecMismatch(
+            f"{store.location}: was built from {labels.model!r}, and {source.name!r} has other weights or another config; "
+            "give the same model"
+        )
+    return source
+
+
+class _Comparison:
+    """Runs sequences in the batches of the build and compares them with every form in which their sites are stored."""
+
+    def __init__(self, store: Store, grid: Grid, parts: ModelParts, feed: Feed, sequence_start: np.ndarray) -> None:
+        self._store = store
+        self._grid = grid
+        self._parts = parts
+        self._feed = feed
+        self._sequence_start = sequence_start
+        self._forms = forms_of(store, grid)
+
+    def compare(self, sequences: list[int], found: dict[str, SiteReplay]) -> None:
+        """Compare some sequences, block by block, since a block is what batches are made for."""
+        grid, start = self._grid, self._sequence_start
+        blocks = {
+            block
+            for sequence in sequences
+            for block in range(start[sequence] // grid.block_tokens, (start[sequence + 1] - 1) // grid.block_tokens + 1)
+        }
+        for block in sorted(blocks):
+            low, high = grid.block_range(block)
+            wanted = set(sequences) & set(touching(start, low, high))
+            receipts = receipts_of_tokens(self._store, grid, low, high)
+            for batch in self._feed.batches(low, high):
+                if mine := sorted(wanted & set(batch.sequences)):
+                    self._batch(batch, mine, low, high, receipts, found)
+
+    def _batch(
+        self,
+        batch: Batch,
+        sequences: list[int],
+        low: int,
+        high: int,
+        receipts: list[Receipt],
+        found: dict[str, SiteReplay],
+    ) -> None:
+        states: dict[str, torch.Tensor] = {}
+        run(
+            self._parts,
+            self._feed.inputs(batch),
+            self._grid.plan.spec.sites,
+            lambda site, tensor: states.update({site: tensor.cpu()}),
+        )
+        for sequence in sequences:
+            row = sequence - batch.sequences.start
+            start = max(int(self._sequence_start[sequence]), low)
+            stop = min(int(self._sequence_start[sequence + 1]), high)
+            offset = start - int(self._sequence_start[sequence])
+            for form in self._forms:
+                rows = states[form.site][row, offset : offset + stop - start]
+                self._rows(form, rows, start, stop, receipts, found.setdefault(form.name, SiteReplay()))
+
+    def _rows(
+        self, form: Form, rows: torch.Tensor, start: int, stop: int, receipts: list[Receipt], found: SiteReplay
+    ) -> None:
+        there = form.reader.read(start, stop)
+        if form.bound is None:  # as it would be stored: narrowed like what is there
+            rows = rows.to(getattr(torch, self._grid.plan.spec.stored_dtype))
+        computed = to_numpy(rows)
+        a, b = wide(there).double(), wide(computed).double()
+        found.equal = found.equal and there.dtype == computed.dtype and there.tobytes() == computed.tobytes()
+        found.largest_difference = max(found.largest_difference, float((a - b).abs().max()))
+        found.relative_error = max(found.relative_error, relative_error(a, b))
+        found.tolerance = max(found.tolerance, limit_of(form, self._grid, receipts))
+
+
+def _differences(generation: Generation, parts: ModelParts) -> dict[str, str]:
+    """What this machine has in another version, or is, than where the generation was computed."""
+    differs: dict[str, str] = {}
+    device = device_name(parts)
+    for environment in generation.provenance.environments:
+        libraries = environment.get("libraries")
+        for name, version in (libraries if isinstance(libraries, Mapping) else {}).items():
+            here = _version(name)
+            if here != version:
+                differs[name] = f"{here} here, {version} there"
+        if environment.get("device") != device:
+            differs["device"] = f"{device} here, {environment.get('device')} there"
+    return differs
+
+
+def _version(name: Any) -> str | None:
+    try:
+        return metadata.version(str(name))
+    except metadata.PackageNotFoundError:
+        return None
