@@ -115,7 +115,7 @@ class _Prepared:
 def _prepare(store: Store, resolved: Resolved, parts: ModelParts) -> _Prepared:
     pool = BoundedPool()
     publish(store, PLAN_KEY, resolved.plan.to_bytes())
-    load = partial(load_tokenizer, resolved.checkpoint.folder)
+    load = partial(load_tokenizer, resolved.source.folder)
     tokens = tokenise(store, resolved.plan, resolved.corpus, load, pool, lambda _: None)
     grid = Grid.of(resolved.plan, tokens)
     sequence_start = ArrayReader(store, grid.token_arrays()["sequence_start"]).read()

@@ -83,8 +83,8 @@ def collect(
     collector = _Collector(corpus, wanted, lowest, into)
     portions = _portions(items)
     with ahead(portions, "read") as read, ahead((_encoded(portion, encoder) for portion in read), "encode") as encoded:
-        for portion in encoded:
-            for item in portion:
+        for items_of in encoded:
+            for item in items_of():
                 if collector.add(item):
                     tick(len(into.tokens))
                     corpus.check_unchanged(item.source)
@@ -144,18 +144,23 @@ def _portions(items: Iterable[Item]) -> Iterator[list[Item]]:
         yield portion
 
 
-def _encoded(portion: list[Item], encoder: Encoder | None) -> list[Item]:
-    """The same items with ids for texts."""
+def _encoded(portion: list[Item], encoder: Encoder | None) -> Callable[[], list[Item]]:
+    """What is left to do for the same items with ids for texts."""
     texts = [item.content for item in portion if isinstance(item, Document) and isinstance(item.content, str)]
     if encoder is None or not texts:
-        return portion
-    ids = iter(encoder.encode(texts))
-    return [
-        Document(item.source, item.row, next(ids), item.last)
-        if isinstance(item, Document) and isinstance(item.content, str)
-        else item
-        for item in portion
-    ]
+        return lambda: portion
+    arrays = encoder.begin(texts)
+
+    def items() -> list[Item]:
+        ids = iter(arrays())
+        return [
+            Document(item.source, item.row, next(ids), item.last)
+            if isinstance(item, Document) and isinstance(item.content, str)
+            else item
+            for item in portion
+        ]
+
+    return items
 
 
 class _Collector:

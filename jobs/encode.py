@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from functools import cached_property
+from collections.abc import Callable, Iterator
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -48,17 +48,24 @@ class Encoder:
         self._compare(list(PROBES))  # before any thread is at work: a call also sets what it was left to set
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """The ids of each text, int32.
+        """The ids of each text, int32."""
+        return self.begin(texts)()
+
+    def begin(self, texts: list[str]) -> Callable[[], list[np.ndarray]]:
+        """Tokenise; what is left, lists of ids becoming arrays, another thread may do while the next texts are tokenised.
 
         A fast tokenizer's call does nothing to a text that its backend does not do, beside making lists of what it
         found. The beginnings of the first texts are encoded both ways: where ids differ, the call is used for all.
         """
         if not texts:
-            return []
+            return list
         if not self._compared and self._backend is not None:
             self._compared = True
             self._compare([text[:COMPARED] for text in texts[:COMPARED_TEXTS]])
-        return self._called(texts) if self._backend is None else self._fast(texts)
+        if self._backend is not None:
+            return partial(_arrays, self._backend.encode_batch_fast(texts, add_special_tokens=self._special))
+        called = self._called(texts)
+        return lambda: called
 
     def pieces(self, text: str) -> Iterator[str]:
         """A text in pieces whose ids, one after the other, are those of the whole text.
@@ -99,22 +106,23 @@ class Encoder:
     def _compare(self, texts: list[str]) -> None:
         if self._backend is not None:
             called = self._called(texts)
-            if any(not np.array_equal(one, other) for one, other in zip(called, self._fast(texts), strict=True)):
+            found = _arrays(self._backend.encode_batch_fast(texts, add_special_tokens=self._special))
+            if any(not np.array_equal(one, other) for one, other in zip(called, found, strict=True)):
                 self._backend = None
 
     @cached_property
     def _cuts(self) -> bool:
         return self._backend is not None and _cuts_exactly(self._backend, self._special)
 
-    def _fast(self, texts: list[str]) -> list[np.ndarray]:
-        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=self._special)
-        return [np.array(encoding.ids, np.int32) for encoding in encodings]
-
     def _called(self, texts: list[str]) -> list[np.ndarray]:
         encoded = self._tokenizer(texts, add_special_tokens=self._special, return_attention_mask=False, verbose=False)[
             "input_ids"
         ]
         return [np.asarray(ids, np.int32) for ids in encoded]
+
+
+def _arrays(encodings: list[Any]) -> list[np.ndarray]:
+    return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
 
 def _backend(tokenizer: Any) -> Any:

@@ -242,3 +242,12 @@ def test_code_that_cannot_be_read_is_no_identity(tmp_path: Path):
     capturable = ac.Capturable(name="own", module=space["Hidden"](), inputs=VECTORS, sites={"x": ""})
     with pytest.raises(ac.InvalidInput, match=r"source of nowhere\.Hidden cannot be read"):
         ac.build(ac.Spec(model=capturable, sites="all"), tmp_path / "ds")
+
+
+@pytest.mark.slow
+def test_the_examples_run_to_their_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    example("cnn").main(str(tmp_path / "cnn.zarr"))
+    assert capsys.readouterr().out.count("a linear probe is right for") == 4
+    pages = [str(EXAMPLES.parent / page) for page in ("README.md", "docs/cli.md", "docs/format.md")]
+    example("value_myopic_gpt").main(str(tmp_path / "gpt.zarr"), pages)
+    assert "loss by layer, nats" in capsys.readouterr().out

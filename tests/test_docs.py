@@ -28,6 +28,23 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
     assert ac.open("readme.zarr").n_tokens > 500
 
 
+def test_the_python_about_modules_of_ones_own_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from tests.test_capturable import example
+
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/a.txt").write_text("def f(x):\n    return x\n" * 20)
+    monkeypatch.chdir(tmp_path)
+    model = example("value_myopic_gpt").ValueMyopicGPT(vocabulary=4096, block_size=32, width=16, layers=2)
+    names = {"model": model, "cnn": example("cnn").CNN(), "images": example("cnn").gratings(5)[0]}
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/own-modules.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(block, names)
+    assert ac.open("my-gpt.zarr")["loss"].shape == (ac.open("my-gpt.zarr").n_tokens,)
+    assert ac.open("my-cnn.zarr").sites == ["conv1", "conv3"]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path):
     for link in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
