@@ -9,12 +9,14 @@ from concurrent.futures import Executor
 import numpy as np
 
 from actcache.cache.publish import publish, publish_metadata, publish_shard
-from actcache.cache.shards import encode_shard
+from actcache.cache.shards import ShardEncoder
 from actcache.cache.store import Store
 from actcache.schemas.array import ArrayLayout
 from actcache.schemas.errors import SpecMismatch
 from actcache.schemas.plan import TOKENS_KEY, StoredObject, TokensRecord
 
+ROWS_AT_ONCE = 1 << 18
+"""Small enough that the allocator uses memory again, large enough that making rows costs little: 2 MiB of int64."""
 Rows = Callable[[str, int, int], np.ndarray]
 
 
@@ -32,10 +34,13 @@ def store_axis(
         objects.append(publish_metadata(store, layout))
         hashed = hashlib.sha256()
         for index in range(layout.n_shards):
-            rows = np.ascontiguousarray(rows_of(name, *layout.shard_range(index)))
-            hashing = pool.submit(hashed.update, rows.data)  # meanwhile the same rows are packed and stored
-            shard = publish_shard(store, layout, index, encode_shard(layout, rows, pool))
-            hashing.result()
+            encoder = ShardEncoder(layout, pool)
+            start, stop = layout.shard_range(index)
+            for low in range(start, stop, ROWS_AT_ONCE):
+                rows = np.ascontiguousarray(rows_of(name, low, min(low + ROWS_AT_ONCE, stop)))
+                encoder.append(rows)
+                hashed.update(rows.data)  # while the pool packs the same rows
+            shard = publish_shard(store, layout, index, encoder.finish())
             if shard.kept is not None:
                 raise SpecMismatch(
                     f"{store.location.child(layout.shard_key(index))}: holds other tokens than this tokenizer makes; "
