@@ -17,7 +17,6 @@ from tests.golden.describe import describe
 
 GOLDEN = Path(__file__).parent / "golden"
 DATASETS = sorted(path for path in GOLDEN.glob("*/*.zarr"))
-DTYPES = [path for path in DATASETS if path.stem != "float32"]
 
 
 def test_there_are_golden_datasets_of_format_1_0():
@@ -25,6 +24,7 @@ def test_there_are_golden_datasets_of_format_1_0():
         "bfloat16.zarr",
         "float16.zarr",
         "float32.zarr",
+        "grown.zarr",
     ]
 
 
@@ -60,6 +60,28 @@ def test_statistics_norms_loss_and_lens_of_the_golden_float32():
     np.testing.assert_allclose(ds.statistics["blocks.1.hook_resid_post"]["variance"], rows.var(axis=0), rtol=1e-12)
     np.testing.assert_allclose(ds.norm["blocks.1.hook_resid_post"], np.linalg.norm(rows, axis=1), rtol=1e-6)
     np.testing.assert_allclose(ac.lens.logit(ds)["loss"][-1], np.nanmean(ds["loss"].compute()), rtol=1e-5)
+
+
+def test_the_golden_dataset_that_grew_has_every_form():
+    ds = ac.open(GOLDEN / "1.0" / "grown.zarr")
+    assert len(ds.generations) == 2
+    assert ds["module:transformer.h.0.mlp.act"].shape == (ds.n_tokens, 64)
+    for site in ("blocks.1.hook_resid_post", "blocks.1.hook_mlp_out"):
+        exact = ds[site].compute()
+        for kind, bound in (("int8", 0.02), ("fp8", 0.06)):
+            back = ds.site(site, dtype=kind).compute()
+            assert 0 < np.linalg.norm(back - exact) <= bound * np.linalg.norm(exact)
+            damage = ds.damage(site, kind)
+            assert damage is not None
+            assert damage.relative_error == pytest.approx(
+                np.linalg.norm(back - exact) / np.linalg.norm(exact), rel=1e-3
+            )
+    loss, entropy = ds["loss"].compute(), ds["entropy"].compute()
+    assert np.isnan(loss).sum() == ds.n_sequences
+    assert np.isfinite(entropy).all()
+    best = ds["topk/logit"].compute() - ds["topk/log_normalizer"].compute()[:, None]
+    assert (best <= 0).all()
+    assert (np.diff(best, axis=1) <= 0).all()
 
 
 def test_none_of_this_needs_torch():

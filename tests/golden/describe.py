@@ -10,7 +10,7 @@ from actcache.schemas.canonical import sha256
 
 
 def describe(ds: ac.Dataset) -> dict[str, Any]:
-    """Key, manifest, sizes, and of every array its shape, its dtype and the hash of its decoded bytes."""
+    """Keys, manifests, sizes, and of every array its shape, its dtype and the hash of its decoded bytes."""
     arrays = {}
     for path in sorted(Path(ds.url).rglob("c")):
         name = path.parent.relative_to(ds.url).as_posix()
@@ -19,6 +19,7 @@ def describe(ds: ac.Dataset) -> dict[str, Any]:
     return {
         "key": ds.key,
         "manifest": ds.manifest,
+        "generations": [[generation.key, generation.manifest] for generation in ds.generations],
         "sites": ds.sites,
         "n_tokens": ds.n_tokens,
         "n_sequences": ds.n_sequences,

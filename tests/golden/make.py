@@ -34,6 +34,17 @@ def main() -> None:
             )
             ac.build(spec, folder / f"{dtype}.zarr")
             expected[dtype] = describe(ac.open(folder / f"{dtype}.zarr"))
+        grown = ac.Spec(
+            model=str(model),
+            corpus=(corpus,),
+            block_tokens=128,
+            chunk_tokens=32,
+            outputs=("loss", "entropy", "topk=3"),
+            quantize=("int8", "fp8"),
+        )
+        ac.build(grown, folder / "grown.zarr")
+        ac.build(grown, folder / "grown.zarr", add_sites="blocks.1.hook_mlp_out module:transformer.h.0.mlp.act")
+        expected["grown"] = describe(ac.open(folder / "grown.zarr"))
     (folder / "expected.json").write_text(json.dumps(expected, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
