@@ -31,6 +31,7 @@ def study(source: ModelSource, identity: ModelIdentity, compute_dtype: str, atte
 
     Raises:
         InvalidInput: transformers cannot load the model.
+        ProofFailed: one of its identities does not hold.
         Unsupported: it cannot be taken apart, or torch and transformers are not installed.
     """
     if identity.family == OWN:
@@ -53,7 +54,8 @@ def study(source: ModelSource, identity: ModelIdentity, compute_dtype: str, atte
             pass  # kept by another version: it is found anew
     module = torch_half("model")
     model, attention = module.load_model(source.folder, identity.family, compute_dtype, attention)
-    anatomy: Anatomy = module.look_at(model, attention, source.name)
+    with torch_half("determinism").deterministic():
+        anatomy: Anatomy = module.proven(model, attention, compute_dtype, source.name)
     remember(name, anatomy.model_dump_json())
     return Studied(anatomy, model)
 

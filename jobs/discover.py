@@ -35,7 +35,7 @@ def discover(model: nn.Module, attention: str, where: str) -> Anatomy:
         OutOfRange: a block computes NaN.
         Unsupported: no blocks, or no way from the last block to the logits, can be found.
     """
-    ids = _ids(model)
+    ids = plain_ids(model)
     shape = (int(ids.shape[0]), int(ids.shape[1]))
     blocks = _blocks(model, ids, shape, where)
     search = _Search(model, blocks)
@@ -82,8 +82,11 @@ def _vocabulary(model: nn.Module, ids: torch.Tensor) -> int:
     return max(found) if found else stated[0] if stated else logits_of(forward(model, ids)).shape[-1]
 
 
-def _ids(model: nn.Module) -> torch.Tensor:
-    """A few different tokens, none of which the config gives a meaning of its own."""
+def plain_ids(model: nn.Module, sequences: int = SEQUENCES, positions: int = POSITIONS) -> torch.Tensor:
+    """Token ids (sequence, position) drawn at random, none of which the config gives a meaning of its own.
+
+    Fewer positions where the model allows no more.
+    """
     special = {
         value
         for config in _configs(model)
@@ -94,8 +97,8 @@ def _ids(model: nn.Module) -> torch.Tensor:
     rows += [int(config.vocab_size) for config in _configs(model) if hasattr(config, "vocab_size")]
     plain = [token for token in range(min([512, *(size for size in rows if size > 8)])) if token not in special]
     generator = torch.Generator().manual_seed(0)
-    positions = min(POSITIONS, max_context(model) or POSITIONS)
-    drawn = torch.randint(len(plain), (SEQUENCES, positions), generator=generator)
+    positions = min(positions, max_context(model) or positions)
+    drawn = torch.randint(len(plain), (sequences, positions), generator=generator)
     return torch.tensor(plain)[drawn].to(next(model.parameters()).device)
 
 

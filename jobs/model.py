@@ -10,8 +10,10 @@ import torch
 import transformers
 from torch import nn
 
-from actcache.jobs.discover import discover
+from actcache.jobs.discover import discover, plain_ids
 from actcache.jobs.families import overrides
+from actcache.jobs.parts import ModelParts
+from actcache.jobs.proof import prove
 from actcache.schemas.anatomy import Anatomy
 from actcache.schemas.errors import ActcacheError, InvalidInput, Unsupported
 
@@ -78,6 +80,21 @@ def look_at(model: nn.Module, attention: str, where: str) -> Anatomy:
         raise Unsupported(
             f"{where}: a {type(model).__name__} cannot be run on token ids alone: {first_line(error)}"
         ) from error
+
+
+def proven(model: nn.Module, attention: str, compute_dtype: str, where: str) -> Anatomy:
+    """The anatomy of a loaded model whose identities hold on tokens drawn at random.
+
+    So a model that cannot be captured is refused before anything is stored. A build proves them again on its own tokens.
+
+    Raises:
+        OutOfRange, Unsupported: as `look_at`.
+        ProofFailed: an identity does not hold.
+    """
+    anatomy = look_at(model, attention, where)
+    ids = plain_ids(model)
+    prove(ModelParts(model, anatomy), ids, torch.ones_like(ids), compute_dtype)
+    return anatomy
 
 
 def first_line(error: Exception) -> str:

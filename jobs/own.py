@@ -20,7 +20,7 @@ from actcache.jobs.families import OWN
 from actcache.jobs.head import to_numpy
 from actcache.jobs.inputs import ItemInputs
 from actcache.jobs.items import Items
-from actcache.jobs.model import look_at
+from actcache.jobs.model import proven
 from actcache.jobs.parts import ModelParts, device_of
 from actcache.schemas.anatomy import Anatomy, Tap
 from actcache.schemas.canonical import digest
@@ -127,7 +127,7 @@ class OwnModel:
 
         Raises:
             InvalidInput: a site names no module, or its output has not one vector a position.
-            Unsupported: a language model cannot be taken apart.
+            Unsupported, ProofFailed: a language model cannot be taken apart, or is not what was found.
         """
         sites, inputs = self.capturable.sites, self.capturable.inputs
         if inputs is None:
@@ -135,7 +135,7 @@ class OwnModel:
                 raise InvalidInput(
                     f"{self.name}: a language model's sites are found; ask for modules with Spec(sites='module:PATH')"
                 )
-            return look_at(self.module, OWN, self.name)
+            return proven(self.module, OWN, self.dtype(), self.name)
         if not sites:
             raise InvalidInput(
                 f"{self.name}: inputs of its own and no sites: say with sites={{name: module path}} what to store"

@@ -10,6 +10,7 @@ import torch
 
 from actcache.jobs.checkpoint import locate
 from actcache.jobs.determinism import deterministic
+from actcache.jobs.discover import plain_ids
 from actcache.jobs.encode import load_tokenizer
 from actcache.jobs.model import load_model, look_at
 from actcache.jobs.parts import ModelParts
@@ -88,8 +89,7 @@ def _tokens(parts: ModelParts, folder: Path, text: str | Path | None) -> tuple[t
     """A few sequences (sequence, position) of different lengths, padded on the right, and their mask."""
     positions = min(POSITIONS, parts.anatomy.max_context or POSITIONS)
     if text is None:
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(parts.anatomy.vocab_size, (SEQUENCES, positions), generator=generator)
+        ids = plain_ids(parts.model, SEQUENCES, positions).cpu()
     else:
         try:
             content = Path(text).read_text(encoding="utf-8")

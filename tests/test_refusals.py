@@ -11,7 +11,6 @@ import huggingface_hub
 import pytest
 from click.testing import CliRunner
 
-import actcache as ac
 from actcache.clients.cli import main
 from tests import tiny_configs
 from tests.models import save_gpt2, save_tokenizer
@@ -60,18 +59,17 @@ def test_an_unknown_family(tmp_path: Path, folder: Path, text: Path):
     [
         ("bert", "the logits are not made of the last block's output by a norm, linear maps, a scale and a soft cap"),
         ("deepseek_v4", "no list of blocks that are each run once, each on what the one before returned"),
-        ("bert-generation", "fails the identity 'padding'"),
+        (
+            "bert-generation",
+            "BertGenerationDecoder fails the identity 'padding' (padding on the right changes no state of",
+        ),
     ],
 )
 def test_a_family_that_cannot_be_captured(tmp_path: Path, text: Path, family: str, says: str):
     tiny_configs.build(family).save_pretrained(tmp_path / "model")
     save_tokenizer(tmp_path / "model")
-    if family == "bert-generation":  # told when the first batch is at hand, before any activation is stored
+    if family == "bert-generation":
         change_config(tmp_path / "model", is_decoder=False)
-        with pytest.raises(ac.ProofFailed, match=r"fails the identity 'causality' .*nothing is stored"):
-            ac.build(ac.Spec(model=str(tmp_path / "model"), corpus=(str(text),)), tmp_path / "half")
-        assert not list((tmp_path / "half").glob("blocks.*/c"))
-        return
     assert says in refused(tmp_path, "--model", tmp_path / "model", "--corpus", text)
 
 
