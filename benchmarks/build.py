@@ -20,10 +20,11 @@ from actcache.jobs.blocks import BlockRunner
 from actcache.jobs.encode import load_tokenizer
 from actcache.jobs.feeds import TokenFeed
 from actcache.jobs.parts import ModelParts
+from actcache.jobs.pending import PendingBlocks
 from actcache.jobs.pool import BoundedPool
 from actcache.jobs.progress import Silent
 from actcache.jobs.resolve import Resolved, resolve
-from actcache.jobs.run import _Blocks, loaded_parts
+from actcache.jobs.run import loaded_parts
 from actcache.jobs.tokenise import tokenise
 from actcache.schemas.grid import Grid
 from actcache.schemas.plan import PLAN_KEY
@@ -75,7 +76,7 @@ def _times(seconds: float, resolved: Resolved, parts: ModelParts, stores: Iterat
 
     def build() -> float:
         prepared = _prepare(next(stores), resolved, parts)
-        took = timed(_Blocks(prepared.store, prepared.grid, prepared.runner, Silent()).run)()
+        took = timed(PendingBlocks(prepared.store, prepared.grid, prepared.runner, Silent()).run)()
         prepared.close()
         return took
 

@@ -106,6 +106,10 @@ class Checkpoint:
         stated = re.search(r"^license:\s*(\S+)", match.group(1), re.MULTILINE) if match else None
         return stated.group(1) if stated else None
 
+    def items(self) -> None:
+        """A checkpoint's model is called with tokens alone."""
+        return
+
 
 def tokenizer_of(folder: Path) -> TokenizerIdentity | None:
     """The tokenizer in a folder by the content of its files, None if it has none."""

@@ -85,7 +85,7 @@ def resolve(spec: Spec, endpoint_url: str | None = None, profile: str | None = N
         StoreError: a hub or a corpus's server failed.
     """
     source = source_of(spec.model, spec.revision)
-    items: Items | None = source.items() if isinstance(spec.model, Capturable) else None  # type: ignore[attr-defined]
+    items = source.items()
     corpus = open_corpus(spec, endpoint_url, profile) if items is None else items
     compute_dtype = _compute_dtype(spec, source)
     identity = source.identity()

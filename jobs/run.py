@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -20,12 +19,12 @@ from actcache.jobs.blocks import BlockRunner
 from actcache.jobs.determinism import deterministic
 from actcache.jobs.encode import load_tokenizer
 from actcache.jobs.environment import environment
-from actcache.jobs.families import OWN
 from actcache.jobs.feeds import Feed, ItemFeed, TokenFeed
 from actcache.jobs.head import head_parts
 from actcache.jobs.items import Items
 from actcache.jobs.model import load_model
 from actcache.jobs.parts import ModelParts
+from actcache.jobs.pending import PendingBlocks
 from actcache.jobs.pool import BoundedPool
 from actcache.jobs.progress import Progress, Reporter
 from actcache.jobs.proof import prove, prove_sites
@@ -34,10 +33,9 @@ from actcache.jobs.resolve import Chosen, Resolved
 from actcache.jobs.tokenise import tokenise
 from actcache.schemas.array import head_group
 from actcache.schemas.canonical import canonical, sha256
-from actcache.schemas.errors import NotFound
 from actcache.schemas.grid import Grid
 from actcache.schemas.plan import StoredObject, TokensRecord
-from actcache.schemas.receipt import HEAD_RECEIPT, HeadArray, HeadReceipt, Receipt, receipt_key, receipts_of
+from actcache.schemas.receipt import HEAD_RECEIPT, HeadArray, HeadReceipt
 from actcache.schemas.root import ROOT_KEY
 
 RECOMPUTED_WARNING = 0.03
@@ -122,7 +120,7 @@ def _capture(
     for layout in grid.block_arrays():
         publish_metadata(store, layout)
     _prepare(store, grid, parts, feed, pool)
-    blocks = _Blocks(store, grid, runner, reporter)
+    blocks = PendingBlocks(store, grid, runner, reporter)
     blocks.run()
     result = NOT_REPLAYED
     if not _is_sealed(store, grid):
@@ -172,7 +170,7 @@ def _tokenizer(resolved: Resolved) -> Any:
 
 def feed_of(store: Store, grid: Grid, chosen: Chosen, sequence_start: np.ndarray, parts: ModelParts) -> Feed:
     """Where the inputs of a plan come from: the stored tokens, or the items of a user's own module."""
-    items = chosen.source.items() if grid.plan.spec.model.family == OWN else None  # type: ignore[attr-defined]
+    items = chosen.source.items()
     if items is not None:
         return ItemFeed(items, grid, parts.device)
     return TokenFeed(store, grid, sequence_start, parts.device)
@@ -204,76 +202,3 @@ def _proof(grid: Grid, parts: ModelParts, feed: Feed) -> dict[str, float]:
         return prove(parts, first.input_ids, first.attention_mask, dtype)
     alone = [feed.alone(sequence) for sequence in first.sequences[:PROVED_ALONE]]
     return prove_sites(parts, grid.plan.spec.sites, feed.inputs(first), alone, dtype)
-
-
-class _Blocks:
-    """Runs the blocks that have no receipt: one computes while the one before is stored, never more."""
-
-    def __init__(self, store: Store, grid: Grid, runner: BlockRunner, reporter: Reporter) -> None:
-        self._store = store
-        self._grid = grid
-        self._runner = runner
-        self._reporter = reporter
-        done = set(store.list(receipts_of(grid.records)))
-        self._pending = [block for block in range(grid.n_blocks) if receipt_key(block, grid.records) not in done]
-        before = grid.n_tokens - sum(self._length(block) for block in self._pending)
-        self._storing: Future[Receipt] | None = None
-        self.count = 0
-        self.state = Progress(
-            "blocks", before, grid.n_tokens, before, 0, grid.n_blocks - len(self._pending), grid.n_blocks
-        )
-
-    def run(self) -> None:
-        """Run every pending block.
-
-        Two builds at once would run the same blocks side by side: whoever finds a block done by another goes on from
-        the far end.
-        """
-        self._reporter.progress(self.state)
-        from_the_end = False
-        with ThreadPoolExecutor(1, thread_name_prefix="actcache-publish") as background:
-            while self._pending:
-                block = self._pending.pop(-1 if from_the_end else 0)
-                if self._done_by_another(block):
-                    from_the_end = True
-                    continue
-                computed = self._runner.compute(block, self._tick)
-                self._wait()
-                self._storing = background.submit(self._runner.publish, computed)
-            self._wait()
-
-    def _done_by_another(self, block: int) -> bool:
-        try:
-            self._store.size(receipt_key(block, self._grid.records))
-        except NotFound:
-            return False
-        self._reporter.note(f"block {block} was finished by another build at the same URL")
-        self._tick(self._length(block))
-        self.state = replace(self.state, blocks=self.state.blocks + 1)
-        return True
-
-    def _wait(self) -> None:
-        """Wait until the block before is stored."""
-        if self._storing is None:
-            return
-        receipt = self._storing.result()
-        self._storing = None
-        self.count += 1
-        written = self.state.bytes_written + sum(entry.size for entry in receipt.objects)
-        self.state = replace(self.state, blocks=self.state.blocks + 1, bytes_written=written)
-        if receipt.mixed_attempts:
-            self._reporter.note(
-                f"block {receipt.block}: {len(receipt.mixed_attempts)} objects of an earlier attempt differ in their last bits "
-                "from this one's and were kept (mixed_attempts)"
-            )
-        self._reporter.progress(self.state)
-
-    def _tick(self, tokens: int) -> None:
-        if self._storing is not None and self._storing.done():
-            self._storing.result()  # a store that failed ends the build now, not after this block
-        self.state = replace(self.state, tokens=self.state.tokens + tokens)
-        self._reporter.progress(self.state)
-
-    def _length(self, block: int) -> int:
-        start, stop = self._grid.block_range(block)
-        return stop - start

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from actcache.jobs.checkpoint import locate
+from actcache.jobs.items import Items
 from actcache.jobs.torch_half import torch_half
 from actcache.schemas.capturable import Capturable
 from actcache.schemas.spec import ModelIdentity, TokenizerIdentity
@@ -48,6 +49,10 @@ class ModelSource(Protocol):
 
     def license(self) -> str | None:
         """Its licence, as far as it is stated."""
+        ...
+
+    def items(self) -> Items | None:
+        """What it is called with instead of a corpus's tokens, if it has inputs of its own."""
         ...
 
 
