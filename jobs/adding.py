@@ -20,6 +20,7 @@ from actcache.jobs.sequences import cutting_of, selection_of
 from actcache.jobs.source import ModelSource, source_of
 from actcache.jobs.torch_half import torch_half
 from actcache.schemas.anatomy import Anatomy
+from actcache.schemas.capturable import Capturable
 from actcache.schemas.errors import Corrupt, InvalidInput, SpecMismatch, StoreError
 from actcache.schemas.outputs import output_layouts
 from actcache.schemas.plan import PLAN_KEY, BatchRule, Labels, ModelShape, Plan, added_records
@@ -63,6 +64,7 @@ def add(store: Store, spec: Spec, patterns: str | Iterable[str], reporter: Repor
     studied = study(source, same.model, run_as.compute_dtype, run_as.attention)
     anatomy = studied.anatomy
     sites = expand(patterns, anatomy.sites, anatomy.n_layers, anatomy.module_sites)
+    _check_modules(store, root, anatomy, sites)
     while True:
         missing = [site for site in sites if site not in root.captured]
         stored = {name for generation in root.generations for name in generation.provenance.spec.outputs}
@@ -74,7 +76,9 @@ def add(store: Store, spec: Spec, patterns: str | Iterable[str], reporter: Repor
             )
         if not missing:
             return _nothing_to_do(store, spec, root, sites, outputs)
-        wanted = same.model_copy(update={"sites": tuple(missing), "outputs": outputs})
+        wanted = same.model_copy(
+            update={"sites": tuple(missing), "modules": anatomy.named_modules(missing), "outputs": outputs}
+        )
         plan = _plan(store, spec, source, anatomy, wanted)
         store.probe_create_only(added_records(plan.key))
         grid = begin(store, plan, stored_tokens(store, root))
@@ -98,7 +102,9 @@ def _same_tokens(store: Store, spec: Spec, source: ModelSource, root: RootAttrib
     here = root.generations[0].provenance.spec
     said: dict[str, Any] = {"capture": CAPTURE_VERSION, "model": source.identity()}
     said |= {name: value for name in ("context", "max_tokens") if (value := getattr(spec, name)) is not None}
-    if spec.corpus:
+    if isinstance(spec.model, Capturable) and (items := source.items()) is not None:  # type: ignore[attr-defined]
+        said["corpus"] = items.identity()
+    elif spec.corpus:
         said["corpus"] = open_corpus(spec, store.location.endpoint_url, store.location.profile).identity()
     if spec.model_fields_set & ARRANGING:
         context = spec.context or here.context
@@ -114,6 +120,18 @@ def _same_tokens(store: Store, spec: Spec, source: ModelSource, root: RootAttrib
             f"({'; '.join(difference(here, asked))}); give another URL"
         )
     return asked
+
+
+def _check_modules(store: Store, root: RootAttributes, anatomy: Anatomy, sites: list[str]) -> None:
+    """Refuse a site of a name that is stored already of another module."""
+    asked = anatomy.named_modules(sites) or {}
+    for generation in root.generations:
+        for site, path in (generation.provenance.spec.modules or {}).items():
+            if asked.get(site, path) != path:
+                raise SpecMismatch(
+                    f"{store.location}: site {site!r} is the output of module {path!r} here, not of {asked[site]!r}; "
+                    "give the other another name"
+                )
 
 
 def _plan(store: Store, spec: Spec, source: ModelSource, anatomy: Anatomy, same: ResolvedSpec) -> Plan:

@@ -18,6 +18,7 @@ from actcache.jobs.trace import Call
 from actcache.schemas import sites as names
 from actcache.schemas.anatomy import Tap
 
+_ATTENTION = re.compile(r"att(n|ention)", re.IGNORECASE)
 _MLP = re.compile(r"mlp|ffn|ff\b|feed_?forward|moe|expert|fc", re.IGNORECASE)
 
 
@@ -85,14 +86,14 @@ class Additions:
         for call in added:
             factor = self._factor(post, pre, call)
             if factor is not None:
-                name = names.mlp_out if _MLP.search(_kind(call)) else names.attn_out
+                name = names.mlp_out if _is_mlp(call) else names.attn_out
                 return {name(layer): Tap(module=call.path, at="output", factor=factor)}
         for index, one in enumerate(added):
             for other in added[index + 1 :]:
                 factors = self._two_factors(post, pre, one, other)
                 if factors is None:
                     continue
-                mlp = [bool(_MLP.search(_kind(call))) for call in (one, other)]
+                mlp = [_is_mlp(call) for call in (one, other)]
                 if mlp[0] == mlp[1]:
                     return {}
                 first, second = (one, other) if mlp[1] else (other, one)
@@ -139,8 +140,10 @@ def _distinct(calls: list[Call]) -> list[Call]:
     return sorted(kept, key=lambda call: -call.began)
 
 
-def _kind(call: Call) -> str:
-    return f"{call.path.rsplit('.', 1)[-1]} {type(call.module).__name__}"
+def _is_mlp(call: Call) -> bool:
+    """Whether a module is called an MLP. The attention of a family of experts may have them in its class's name."""
+    kind = f"{call.path.rsplit('.', 1)[-1]} {type(call.module).__name__}"
+    return _ATTENTION.search(kind) is None and _MLP.search(kind) is not None
 
 
 def _nested(one: str, other: str) -> bool:
