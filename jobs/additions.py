@@ -13,11 +13,12 @@ from dataclasses import dataclass
 
 import torch
 
-from actcache.jobs.relations import factor_of, is_sum, same
+from actcache.jobs.relations import ROUNDINGS, factor_of, is_sum, same, sampled, sum_error
 from actcache.jobs.trace import Call
 from actcache.schemas import sites as names
 from actcache.schemas.anatomy import Tap
 
+SLACK = 8 * ROUNDINGS
 _ATTENTION = re.compile(r"att(n|ention)", re.IGNORECASE)
 _MLP = re.compile(r"mlp|ffn|ff\b|feed_?forward|moe|expert|fc", re.IGNORECASE)
 
@@ -114,6 +115,8 @@ class Additions:
     ) -> tuple[float, float] | None:
         if one.made is None or other.made is None or _nested(one.path, other.path):
             return None
+        if not self._may_be_two(total, base, one.made, other.made):
+            return None
         pairs = [(a, b) for a in self.factors for b in self.factors]
         columns = torch.stack([one.made.double().flatten(), other.made.double().flatten()], dim=1).cpu()
         target = (total.double() - base.double()).flatten()[:, None].cpu()
@@ -124,6 +127,13 @@ class Additions:
             if is_sum(total, base, [(one.made, a), (other.made, b)], self.dtype):
                 return a, b
         return None
+
+    def _may_be_two(self, total: torch.Tensor, base: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> bool:
+        """Whether some factors fit a few elements, by far more than rounding: to try all of every pair takes hours."""
+        few = [sampled(tensor).double().cpu() for tensor in (total, base, one, other)]
+        target = (few[0] - few[1])[:, None]
+        a, b = torch.linalg.lstsq(torch.stack(few[2:], dim=1), target).solution.flatten().tolist()
+        return sum_error(few[0], few[1], [a * few[2], b * few[3]]) <= SLACK * torch.finfo(self.dtype).eps
 
 
 def _outermost(calls: list[Call]) -> list[Call]:
