@@ -63,6 +63,11 @@ def add(store: Store, spec: Spec, patterns: str | Iterable[str], reporter: Repor
     studied = study(source, same.model, run_as.compute_dtype, run_as.attention)
     anatomy = studied.anatomy
     sites = expand(patterns, anatomy.sites, anatomy.n_layers, anatomy.module_sites)
+    _check_modules(store, root, anatomy, sites)
+    if inexact := [site for site in sites if site in root.captured and site not in root.sites]:
+        reporter.note(
+            f"{len(inexact)} of the sites are stored in quantised form alone ({inexact[0]} …); their exact values need another URL"
+        )
     while True:
         missing = [site for site in sites if site not in root.captured]
         stored = {name for generation in root.generations for name in generation.provenance.spec.outputs}
@@ -74,7 +79,9 @@ def add(store: Store, spec: Spec, patterns: str | Iterable[str], reporter: Repor
             )
         if not missing:
             return _nothing_to_do(store, spec, root, sites, outputs)
-        wanted = same.model_copy(update={"sites": tuple(missing), "outputs": outputs})
+        wanted = same.model_copy(
+            update={"sites": tuple(missing), "modules": anatomy.named_modules(missing), "outputs": outputs}
+        )
         plan = _plan(store, spec, source, anatomy, wanted)
         store.probe_create_only(added_records(plan.key))
         grid = begin(store, plan, stored_tokens(store, root))
@@ -83,6 +90,9 @@ def add(store: Store, spec: Spec, patterns: str | Iterable[str], reporter: Repor
         root = newest_root(store).attributes
     if len(missing) < len(sites):
         reporter.note(f"{len(sites) - len(missing)} of the {len(sites)} sites are there already; the others are added")
+    if same.quantize is not None and not spec.quantize:
+        how = "in quantised form alone" if same.quantize.only else "quantised too"
+        reporter.note(f"as in the first build, the added sites are stored {how} ({', '.join(same.quantize.kinds)})")
     store.clean_staging()
     outcome = torch_half("run").run_added(store, grid, Chosen(grid.plan, source, studied), reporter)
     root = outcome.sealed.root.attributes
@@ -98,7 +108,9 @@ def _same_tokens(store: Store, spec: Spec, source: ModelSource, root: RootAttrib
     here = root.generations[0].provenance.spec
     said: dict[str, Any] = {"capture": CAPTURE_VERSION, "model": source.identity()}
     said |= {name: value for name in ("context", "max_tokens") if (value := getattr(spec, name)) is not None}
-    if spec.corpus:
+    if (items := source.items()) is not None:
+        said["corpus"] = items.identity()
+    elif spec.corpus:
         said["corpus"] = open_corpus(spec, store.location.endpoint_url, store.location.profile).identity()
     if spec.model_fields_set & ARRANGING:
         context = spec.context or here.context
@@ -114,6 +126,18 @@ def _same_tokens(store: Store, spec: Spec, source: ModelSource, root: RootAttrib
             f"({'; '.join(difference(here, asked))}); give another URL"
         )
     return asked
+
+
+def _check_modules(store: Store, root: RootAttributes, anatomy: Anatomy, sites: list[str]) -> None:
+    """Refuse a site of a name that is stored already of another module."""
+    asked = anatomy.named_modules(sites) or {}
+    for generation in root.generations:
+        for site, path in (generation.provenance.spec.modules or {}).items():
+            if asked.get(site, path) != path:
+                raise SpecMismatch(
+                    f"{store.location}: site {site!r} is the output of module {path!r} here, not of {asked[site]!r}; "
+                    "give the other another name"
+                )
 
 
 def _plan(store: Store, spec: Spec, source: ModelSource, anatomy: Anatomy, same: ResolvedSpec) -> Plan:

@@ -13,11 +13,14 @@ from dataclasses import dataclass
 
 import torch
 
-from actcache.jobs.relations import factor_of, is_sum, same
+from actcache.jobs.relations import ROUNDINGS, factor_of, is_sum, same, sampled, sum_error
 from actcache.jobs.trace import Call
 from actcache.schemas import sites as names
 from actcache.schemas.anatomy import Tap
 
+SLACK = 8 * ROUNDINGS
+_ATTENTION = re.compile(r"att(n|ention)", re.IGNORECASE)
+_MIXER = re.compile(r"att(n|ention)|mix|mamba|ssm|rnn|recurren|conv|lstm|retention|rwkv|time", re.IGNORECASE)
 _MLP = re.compile(r"mlp|ffn|ff\b|feed_?forward|moe|expert|fc", re.IGNORECASE)
 
 
@@ -85,14 +88,13 @@ class Additions:
         for call in added:
             factor = self._factor(post, pre, call)
             if factor is not None:
-                name = names.mlp_out if _MLP.search(_kind(call)) else names.attn_out
-                return {name(layer): Tap(module=call.path, at="output", factor=factor)}
+                return _lone(layer, call, factor)
         for index, one in enumerate(added):
             for other in added[index + 1 :]:
                 factors = self._two_factors(post, pre, one, other)
                 if factors is None:
                     continue
-                mlp = [bool(_MLP.search(_kind(call))) for call in (one, other)]
+                mlp = [_is_mlp(call) for call in (one, other)]
                 if mlp[0] == mlp[1]:
                     return {}
                 first, second = (one, other) if mlp[1] else (other, one)
@@ -113,6 +115,8 @@ class Additions:
     ) -> tuple[float, float] | None:
         if one.made is None or other.made is None or _nested(one.path, other.path):
             return None
+        if not self._may_be_two(total, base, one.made, other.made):
+            return None
         pairs = [(a, b) for a in self.factors for b in self.factors]
         columns = torch.stack([one.made.double().flatten(), other.made.double().flatten()], dim=1).cpu()
         target = (total.double() - base.double()).flatten()[:, None].cpu()
@@ -123,6 +127,13 @@ class Additions:
             if is_sum(total, base, [(one.made, a), (other.made, b)], self.dtype):
                 return a, b
         return None
+
+    def _may_be_two(self, total: torch.Tensor, base: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> bool:
+        """Whether some factors fit a few elements, by far more than rounding: to try all of every pair takes hours."""
+        few = [sampled(tensor).double().cpu() for tensor in (total, base, one, other)]
+        target = (few[0] - few[1])[:, None]
+        a, b = torch.linalg.lstsq(torch.stack(few[2:], dim=1), target).solution.flatten().tolist()
+        return sum_error(few[0], few[1], [a * few[2], b * few[3]]) <= SLACK * torch.finfo(self.dtype).eps
 
 
 def _outermost(calls: list[Call]) -> list[Call]:
@@ -139,8 +150,21 @@ def _distinct(calls: list[Call]) -> list[Call]:
     return sorted(kept, key=lambda call: -call.began)
 
 
+def _lone(layer: int, call: Call, factor: float) -> dict[str, Tap]:
+    """What a block's only addition is, by its module's name; nothing where the name does not tell."""
+    tap = Tap(module=call.path, at="output", factor=factor)
+    if _is_mlp(call):
+        return {names.mlp_out(layer): tap}
+    return {names.attn_out(layer): tap} if _MIXER.search(_kind(call)) else {}
+
+
 def _kind(call: Call) -> str:
     return f"{call.path.rsplit('.', 1)[-1]} {type(call.module).__name__}"
+
+
+def _is_mlp(call: Call) -> bool:
+    """Whether a module is called an MLP. The attention of a family of experts may have them in its class's name."""
+    return _ATTENTION.search(_kind(call)) is None and _MLP.search(_kind(call)) is not None
 
 
 def _nested(one: str, other: str) -> bool:

@@ -125,7 +125,7 @@ def _add(store: Store, spec: Spec, patterns: str | Iterable[str], stage: str, re
         "already sealed" if done is None else "built" if added.by_us else "sealed by another build",
         added.generation.manifest,
         added.root.n_tokens,
-        tuple(added.root.sites),
+        tuple(added.root.captured),
         added=added.sites,
         blocks_run=done.blocks_run if done else 0,
         bytes_written=done.bytes_written if done else 0,

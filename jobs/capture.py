@@ -50,8 +50,8 @@ def run(
         if not whole and len(seen) == len(wanted):
             raise _Finished
 
-    def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
-        final.append(args[0])
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        final.append(inputs.vectors(arguments(args, kwargs), "what the unembedding is given"))
         raise _Finished
 
     with _stopped(parts, stop), _hooked(wanted, take), suppress(_Finished):
@@ -65,9 +65,9 @@ def run(
 
 
 @contextmanager
-def _stopped(parts: ModelParts, stop: Callable[[nn.Module, tuple[Any, ...]], None]) -> Iterator[None]:
+def _stopped(parts: ModelParts, stop: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]) -> Iterator[None]:
     """Call `stop` before the unembedding, if the model has a head."""
-    handle = parts.unembedding.register_forward_pre_hook(stop) if parts.anatomy.head else None
+    handle = parts.unembedding.register_forward_pre_hook(stop, with_kwargs=True) if parts.anatomy.head else None
     try:
         yield
     finally:

@@ -1,6 +1,6 @@
 """Finding the parts of any decoder-only model by what it computes: blocks, what they add to the stream, and the head.
 
-A model is run on a few tokens. Its blocks are the outermost list of modules that are each called once, each on what the one
+A model is run on a few tokens. Its blocks are the longest outermost list of modules that are each called once, each on what the one
 before returned; `additions` takes each block apart, `head_search` finds the way from the last one to the logits.
 """
 
@@ -42,6 +42,13 @@ def discover(model: nn.Module, attention: str, where: str) -> Anatomy:
     inside = {path: module for path, module in model.named_modules() if path}
     with watching(inside, shape, search.ended, search.began):
         logits = logits_of(forward(model, ids, torch.ones_like(ids)))
+    if tuple(logits.shape[:2]) != shape:
+        raise Unsupported(
+            f"{where}: its logits are of shape {tuple(logits.shape)} for {shape[0]} × {shape[1]} tokens; let it return logits "
+            "of every position, (sequence, position, vocabulary)"
+        )
+    if not logits.isfinite().all():
+        raise OutOfRange(f"{where}: its logits are not finite for plain tokens; try --compute-dtype float32")
     return search.anatomy(
         logits, where, vocab_size=_vocabulary(model, ids), max_context=max_context(model), attention=attention
     )
@@ -123,7 +130,17 @@ def _blocks(model: nn.Module, ids: torch.Tensor, shape: tuple[int, int], where: 
             f"{where}: no list of blocks that are each run once, each on what the one before returned; "
             "describe the model with actcache.Capturable"
         )
-    return min(found, key=lambda paths: (paths[0].count("."), -len(paths)))
+    outer = [paths for paths in found if not any(_holds(other, paths) for other in found)]
+    return min(outer, key=lambda paths: (-len(paths), -_size(model, paths), paths[0].count(".")))
+
+
+def _size(model: nn.Module, paths: Sequence[str]) -> int:
+    """Number of parameters, which tells blocks from a list of one norm."""
+    return sum(parameter.numel() for path in paths for parameter in model.get_submodule(path).parameters())
+
+
+def _holds(outer: Sequence[str], inner: Sequence[str]) -> bool:
+    return any(inner[0].startswith(f"{path}.") for path in outer)
 
 
 def _is_chain(calls: Sequence[Sequence[Call]]) -> bool:

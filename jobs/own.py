@@ -22,10 +22,11 @@ from actcache.jobs.inputs import ItemInputs
 from actcache.jobs.items import Items
 from actcache.jobs.model import proven
 from actcache.jobs.parts import ModelParts, device_of
+from actcache.jobs.settings import settings
 from actcache.schemas.anatomy import Anatomy, Tap
 from actcache.schemas.canonical import digest
 from actcache.schemas.capturable import Capturable
-from actcache.schemas.errors import InvalidInput
+from actcache.schemas.errors import InvalidInput, ProofFailed
 from actcache.schemas.grid import TOKEN_ARRAYS
 from actcache.schemas.sites import MODULE
 from actcache.schemas.spec import ModelIdentity, TokenizerIdentity
@@ -83,12 +84,22 @@ class OwnModel:
         Raises:
             InvalidInput: the source of a class cannot be read.
         """
-        code = digest([self.name, str(self.module), *self._sources()])
+        code = digest([self.name, str(self.module), *self._sources(), *self._settings])
         return ModelIdentity(family=OWN, config=code, weights=_weights(self.module))
 
+    @cached_property
+    def _settings(self) -> list[str]:
+        """Its attributes as they are before it is first run: what it keeps for itself while it runs is no part of it."""
+        return settings(self.module)
+
     def _sources(self) -> Iterator[str]:
-        """The source of every class in the module that is not a library's, by name."""
-        kinds = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in map(type, self.module.modules())}
+        """The source of every class in the module, and that it is derived from, that is not a library's, by name."""
+        kinds = {
+            f"{kind.__module__}.{kind.__qualname__}": kind
+            for module in self.module.modules()
+            for kind in type(module).__mro__
+            if kind is not object
+        }
         for name, kind in sorted(kinds.items()):
             yield name
             if kind.__module__.split(".")[0] in _LIBRARIES:
@@ -178,12 +189,20 @@ class OwnModel:
             blocks=(), d_model=0, vocab_size=0, max_context=None, attention=OWN, taps=taps, head=(), modules={}
         )
         widths: dict[str, int] = {}
-        run(
-            ModelParts(self.module, empty),
-            first,
-            list(taps),
-            lambda site, tensor: widths.update({site: int(tensor.shape[-1])}),
-        )
+        calls: dict[str, int] = dict.fromkeys(taps, 0)
+
+        def note(site: str, tensor: torch.Tensor) -> None:
+            widths[site] = int(tensor.shape[-1])
+            calls[site] += 1
+
+        try:
+            run(ModelParts(self.module, empty), first, list(taps), note, whole=True)
+        except ProofFailed:
+            site = next(site for site, count in calls.items() if count != 1)
+            raise InvalidInput(
+                f"{self.name}: site {site!r}: module {taps[site].module!r} is called {calls[site]} times an item, so that its output "
+                "is not one thing; name a module that is called once"
+            ) from None
         return {site: widths[site] for site in taps}
 
 

@@ -16,7 +16,7 @@ from actcache.jobs.inputs import Inputs, TokenInputs
 from actcache.jobs.norms import gain_and_bias
 from actcache.jobs.parts import ModelParts
 from actcache.jobs.relations import ROUNDINGS, sum_error
-from actcache.jobs.trace import forward, logits_of
+from actcache.jobs.trace import arguments, forward, logits_of
 from actcache.schemas import sites as names
 from actcache.schemas.errors import ProofFailed
 
@@ -33,6 +33,7 @@ IDENTITIES = {
     "padding": "padding on the right changes no state of a real token",
     "batch": "a sequence has the same states alone and among others",
     "causality": "the states of a sequence's first half are those of the first half alone",
+    "modules": "the outputs of modules that are asked for do not depend on padding, nor on a batch's other sequences",
 }
 
 
@@ -67,22 +68,29 @@ def _eps(dtype: str) -> float:
     return float(torch.finfo(getattr(torch, dtype)).eps)
 
 
+def largest(*errors: float) -> float:
+    """The largest of some errors, 0 of none; NaN if one is, which `max` may lose."""
+    return float(np.max([0.0, *errors]))
+
+
 def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
     """‖a - b‖ / ‖b‖ over the whole tensors, in float64."""
     a, b = a.double(), b.double()
     return float((a - b).norm() / b.norm().clamp_min(1e-30))
 
 
-def prove(parts: ModelParts, ids: torch.Tensor, mask: torch.Tensor, dtype: str) -> dict[str, float]:
+def prove(
+    parts: ModelParts, ids: torch.Tensor, mask: torch.Tensor, dtype: str, modules: Sequence[str] = ()
+) -> dict[str, float]:
     """Check every identity of `IDENTITIES` that the model's sites allow. Returns their errors.
 
-    `ids` and `mask` are (sequence, position), int64, padded on the right; the first few sequences, at most `PROOF_TOKENS`
+    `ids` and `mask` are (sequence, position), int64, padded on the right; the few longest sequences, at most `PROOF_TOKENS`
     tokens of them, are used.
 
     Raises:
         ProofFailed: an error is beyond the tolerance of the dtype; the message names the identity.
     """
-    found = identities(parts, ids, mask, dtype)
+    found = identities(parts, ids, mask, dtype, modules)
     for name, identity in found.items():
         if not identity.holds:
             raise ProofFailed(
@@ -123,58 +131,72 @@ def _vectors(parts: ModelParts, inputs: Inputs, sites: Sequence[str]) -> dict[st
 
 
 @torch.inference_mode()
-def identities(parts: ModelParts, ids: torch.Tensor, mask: torch.Tensor, dtype: str) -> dict[str, Identity]:
-    """The error of every identity that the model's sites allow, by name, in the order of `IDENTITIES`."""
+def identities(
+    parts: ModelParts, ids: torch.Tensor, mask: torch.Tensor, dtype: str, modules: Sequence[str] = ()
+) -> dict[str, Identity]:
+    """The error of every identity that the model's sites allow, by name, in the order of `IDENTITIES`.
+
+    The longest sequences come first: one token alone has no padding and no causality to speak of. `modules` are the sites
+    `module:…` that are stored.
+    """
     few = max(1, PROOF_TOKENS // ids.shape[1])
-    ids, mask = (part[:few, :PROOF_TOKENS].to(parts.device) for part in (ids, mask))
-    states, pres = _states(parts, ids, mask)
+    longest = mask.sum(1).argsort(descending=True, stable=True)[:few]
+    ids, mask = (part[longest, :PROOF_TOKENS].to(parts.device) for part in (ids, mask))
+    states, pres, given = _states(parts, ids, mask, parts.anatomy.sites)
     own = mask.bool()
     logits = logits_of(forward(parts.model, ids, mask))[own]
     last = states[names.resid_post(parts.anatomy.n_layers - 1)][own]
     exact = exact_tolerance(dtype)
-    found = {"logits": Identity(relative_error(parts.head(last), logits), exact)}
+    made = [parts.head(last), parts.logits(given[own])]
+    found = {"logits": Identity(largest(*(relative_error(way, logits) for way in made)), exact)}
     found["stream"] = Identity(_stream_error(states, pres), 0.0)
     roundings = ROUNDINGS * _eps(dtype)
     kept = {site: state[own] for site, state in states.items()}
     for name, errors in _additions(kept, parts.anatomy.n_layers).items():
         if errors:
-            found[name] = Identity(max(errors), roundings)
+            found[name] = Identity(largest(*errors), roundings)
     if names.FINAL_NORM in states:
         found["final_norm"] = Identity(_norm_error(parts, kept[names.FINAL_NORM], last), exact)
     found["head"] = Identity(_head_error(parts, last, logits), exact)
     others = tolerance(dtype, parts.anatomy.n_layers)
+    del states, kept, pres  # of a large model they are gigabytes
+    stream = [site for site in parts.anatomy.sites if names.is_residual(site)]
     for name, measure in _CONTEXTS.items():
-        found[name] = Identity(measure(parts, ids, mask), others)
+        found[name] = Identity(measure(parts, ids, mask, stream), others)
+    if modules:
+        errors = [measure(parts, ids, mask, modules) for measure in (_padding_error, _batch_error)]
+        found["modules"] = Identity(largest(*errors), others)
     return found
 
 
 def _states(
-    parts: ModelParts, ids: torch.Tensor, mask: torch.Tensor
-) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
-    """Every named site's tensor, and what each block was really given."""
+    parts: ModelParts, ids: torch.Tensor, mask: torch.Tensor, sites: Sequence[str]
+) -> tuple[dict[str, torch.Tensor], list[torch.Tensor], torch.Tensor]:
+    """The tensors of some sites, what each block was really given, and what the unembedding was."""
     states: dict[str, torch.Tensor] = {}
     pres: list[torch.Tensor] = []
 
     def keep(site: str, tensor: torch.Tensor) -> None:
         states[site] = tensor.clone()
 
+    inputs = TokenInputs(ids, mask)
+
     def given(module: torch.nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
-        pres.append((args[0] if args else kwargs["hidden_states"]).clone())
+        pres.append(inputs.vectors(arguments(args, kwargs), "a block's input").clone())
 
     handles = [block.register_forward_pre_hook(given, with_kwargs=True) for block in parts.blocks]
     try:
-        run(parts, TokenInputs(ids, mask), parts.anatomy.sites, keep, whole=True)
+        state = run(parts, inputs, sites, keep, whole=True)
     finally:
         for handle in handles:
             handle.remove()
-    return states, pres
+    assert state is not None
+    return states, pres, state
 
 
 def _stream_error(states: Mapping[str, torch.Tensor], pres: list[torch.Tensor]) -> float:
     posts = [states[names.resid_post(layer)] for layer in range(len(pres))]
-    return max(
-        [0.0, *(relative_error(post, pre) for post, pre in zip(posts[:-1], pres[1:], strict=True))],
-    )
+    return largest(*(relative_error(post, pre) for post, pre in zip(posts[:-1], pres[1:], strict=True)))
 
 
 def _additions(states: Mapping[str, torch.Tensor], n_layers: int) -> dict[str, list[float]]:
@@ -211,40 +233,40 @@ def _head_error(parts: ModelParts, last: torch.Tensor, logits: torch.Tensor) -> 
     return relative_error(torch.from_numpy(stored.logits(to_numpy(last).astype(np.float32))), logits.cpu())
 
 
-def _padding_error(parts: ModelParts, ids: torch.Tensor, mask: torch.Tensor) -> float:
+def _padding_error(parts: ModelParts, ids: torch.Tensor, mask: torch.Tensor, sites: Sequence[str]) -> float:
     """The first sequence alone against the same padded on the right, and its half among longer ones."""
     length = int(mask[0].sum())
-    alone, _ = _states(parts, ids[:1, :length], mask[:1, :length])
+    alone = _vectors(parts, TokenInputs(ids[:1, :length], mask[:1, :length]), sites)
     half = max(1, length // 2)
     most = parts.anatomy.max_context or length + EXTRA_PADDING
     longest = length if length >= most else min(length + EXTRA_PADDING, most)
     padded, padded_mask = ids.new_zeros(2, longest), mask.new_zeros(2, longest)
     padded[0, :length], padded_mask[0, :length] = ids[0, :length], 1
     padded[1, :half], padded_mask[1, :half] = ids[0, :half], 1
-    together, _ = _states(parts, padded, padded_mask)
-    return max(_worst(together, 0, alone, length), _worst(together, 1, alone, half))
+    together = _vectors(parts, TokenInputs(padded, padded_mask), sites)
+    return largest(_worst(together, 0, alone, length), _worst(together, 1, alone, half))
 
 
-def _batch_error(parts: ModelParts, ids: torch.Tensor, mask: torch.Tensor) -> float:
+def _batch_error(parts: ModelParts, ids: torch.Tensor, mask: torch.Tensor, sites: Sequence[str]) -> float:
     """The first sequence alone against the same among three."""
     length = int(mask[0].sum())
-    alone, _ = _states(parts, ids[:1, :length], mask[:1, :length])
+    alone = _vectors(parts, TokenInputs(ids[:1, :length], mask[:1, :length]), sites)
     row = ids[0, :length]
     three = torch.stack([row.flip(0), row, row.roll(1)])
-    together, _ = _states(parts, three, torch.ones_like(three))
+    together = _vectors(parts, TokenInputs(three, torch.ones_like(three)), sites)
     return _worst(together, 1, alone, length)
 
 
-def _causality_error(parts: ModelParts, ids: torch.Tensor, mask: torch.Tensor) -> float:
+def _causality_error(parts: ModelParts, ids: torch.Tensor, mask: torch.Tensor, sites: Sequence[str]) -> float:
     """The first half of the first sequence, run alone, against the same within the whole."""
     length = int(mask[0].sum())
     half = max(1, length // 2)
-    whole, _ = _states(parts, ids[:1, :length], mask[:1, :length])
-    alone, _ = _states(parts, ids[:1, :half], mask[:1, :half])
+    whole = _vectors(parts, TokenInputs(ids[:1, :length], mask[:1, :length]), sites)
+    alone = _vectors(parts, TokenInputs(ids[:1, :half], mask[:1, :half]), sites)
     return _worst(whole, 0, alone, half)
 
 
-_CONTEXTS: dict[str, Callable[[ModelParts, torch.Tensor, torch.Tensor], float]] = {
+_CONTEXTS: dict[str, Callable[[ModelParts, torch.Tensor, torch.Tensor, Sequence[str]], float]] = {
     "padding": _padding_error,
     "batch": _batch_error,
     "causality": _causality_error,
@@ -252,6 +274,9 @@ _CONTEXTS: dict[str, Callable[[ModelParts, torch.Tensor, torch.Tensor], float]] 
 
 
 def _worst(together: Mapping[str, torch.Tensor], row: int, alone: Mapping[str, torch.Tensor], length: int) -> float:
-    """The largest relative error of any state of the stream: one site at a time, over `length` tokens of a row."""
-    stream = [site for site in alone if "hook_resid" in site]
-    return max(relative_error(together[site][row, :length], alone[site][0, :length]) for site in stream)
+    """The largest relative error of any site, one at a time, over `length` tokens of a row; inf where its width differs."""
+    return largest(*(_error(together[site][row, :length], alone[site][0, :length]) for site in alone))
+
+
+def _error(a: torch.Tensor, b: torch.Tensor) -> float:
+    return relative_error(a, b) if a.shape == b.shape else math.inf

@@ -8,6 +8,7 @@ import torch
 
 ROUNDINGS = 4
 FAR = 2
+SAMPLE = 4096
 
 
 def sum_error(total: torch.Tensor, base: torch.Tensor, terms: Sequence[torch.Tensor]) -> float:
@@ -22,12 +23,21 @@ def sum_error(total: torch.Tensor, base: torch.Tensor, terms: Sequence[torch.Ten
     return float((error.abs() / size.clamp_min(torch.finfo(torch.float32).tiny)).max())
 
 
+def sampled(tensor: torch.Tensor) -> torch.Tensor:
+    """A few thousand elements of a tensor, evenly: what does not hold of these need not be tried on all."""
+    flat = tensor.flatten()
+    return flat[:: max(1, len(flat) // SAMPLE)]
+
+
 def is_sum(
     total: torch.Tensor, base: torch.Tensor, terms: Sequence[tuple[torch.Tensor, float]], dtype: torch.dtype
 ) -> bool:
     """Whether total = base + Σ factor · term for every element, but for a few roundings in `dtype`."""
-    error = sum_error(total, base, [factor * term.double() for term, factor in terms])
-    return error <= ROUNDINGS * torch.finfo(dtype).eps
+    bound = ROUNDINGS * torch.finfo(dtype).eps
+    few = [factor * sampled(term).double() for term, factor in terms]
+    if not sum_error(sampled(total), sampled(base), few) <= bound:
+        return False
+    return sum_error(total, base, [factor * term.double() for term, factor in terms]) <= bound
 
 
 def factor_of(
@@ -45,13 +55,18 @@ def factor_of(
     if not power > 0:
         return None
     found = float(((total.double() - base.double()) * wide).sum()) / power
-    errors = {factor: sum_error(total, base, [factor * wide]) for factor in (found, *factors) if factor}
+    bound = ROUNDINGS * torch.finfo(dtype).eps
+    few = sampled(wide)
+    tried = [factor for factor in (found, *factors) if factor]
+    if not any(sum_error(sampled(total), sampled(base), [factor * few]) <= bound for factor in tried):
+        return None
+    errors = {factor: sum_error(total, base, [factor * wide]) for factor in tried}
     if not errors:
         return None
     best = min(errors, key=errors.__getitem__)
     listed = min((factor for factor in factors), key=errors.__getitem__, default=best)
     chosen = listed if errors[listed] <= FAR * errors[best] else best
-    return chosen if errors[chosen] <= ROUNDINGS * torch.finfo(dtype).eps else None
+    return chosen if errors[chosen] <= bound else None
 
 
 def scale_of(made: torch.Tensor, given: torch.Tensor, factors: Sequence[float], dtype: torch.dtype) -> float | None:

@@ -23,7 +23,7 @@ from actcache.jobs.environment import device_name
 from actcache.jobs.feeds import Feed
 from actcache.jobs.head import to_numpy
 from actcache.jobs.parts import ModelParts
-from actcache.jobs.proof import relative_error
+from actcache.jobs.proof import largest, relative_error
 from actcache.jobs.replay import Form, forms_of, limit_of, receipts_of_tokens, wide
 from actcache.jobs.replaying import Replayed, SiteReplay
 from actcache.jobs.resolve import Chosen
@@ -53,6 +53,7 @@ def rerun(store: Store, root: SealedRoot, count: int, model: str | Path | Captur
         source = _source(store, plan, model)
         execution = plan.spec.execution
         chosen = Chosen(plan, source, study(source, plan.spec.model, execution.compute_dtype, execution.attention))
+        _check_own(store, plan, chosen)
         parts = loaded_parts(chosen)
         sequence_start = ArrayReader(store, grid.token_arrays()["sequence_start"]).read()
         feed = feed_of(store, grid, chosen, sequence_start, parts)
@@ -79,6 +80,24 @@ def _source(store: Store, plan: Plan, model: str | Path | Capturable | None) -> 
             "give the same model"
         )
     return source
+
+
+def _check_own(store: Store, plan: Plan, chosen: Chosen) -> None:
+    """Check that a user's own module has the inputs and the sites of the build."""
+    if plan.spec.modules is None:
+        return
+    items = chosen.source.items()
+    if items is None or items.identity() != plan.spec.corpus:
+        raise SpecMismatch(
+            f"{store.location}: was built from other inputs than {chosen.source.name!r} has; give the same"
+        )
+    taps = chosen.studied.anatomy.taps
+    for site, path in plan.spec.modules.items():
+        if site not in taps or taps[site].module != path:
+            raise SpecMismatch(
+                f"{store.location}: site {site!r} is the output of module {path!r}, and is not so in {chosen.source.name!r}; "
+                f"describe it with sites={{{site!r}: {path!r}}}"
+            )
 
 
 class _Comparison:
@@ -142,8 +161,8 @@ class _Comparison:
         computed = to_numpy(rows)
         a, b = wide(there).double(), wide(computed).double()
         found.equal = found.equal and there.dtype == computed.dtype and there.tobytes() == computed.tobytes()
-        found.largest_difference = max(found.largest_difference, float((a - b).abs().max()))
-        found.relative_error = max(found.relative_error, relative_error(a, b))
+        found.largest_difference = largest(found.largest_difference, float((a - b).abs().max()))
+        found.relative_error = largest(found.relative_error, relative_error(a, b))
         found.tolerance = max(found.tolerance, limit_of(form, self._grid, receipts))
 
 

@@ -114,6 +114,7 @@ def resolve(spec: Spec, endpoint_url: str | None = None, profile: str | None = N
         cutting=cutting_of(spec, context, shape.vocab_size),
         max_tokens=spec.max_tokens,
         sites=sites,
+        modules=anatomy.named_modules(sites),
         outputs=spec.outputs,
         quantize=quantisation(spec),
         head=spec.head and bool(anatomy.head),

@@ -37,6 +37,7 @@ from actcache.schemas.grid import Grid
 from actcache.schemas.plan import StoredObject, TokensRecord
 from actcache.schemas.receipt import HEAD_RECEIPT, HeadArray, HeadReceipt
 from actcache.schemas.root import ROOT_KEY
+from actcache.schemas.sites import MODULE
 
 RECOMPUTED_WARNING = 0.03
 PROVED_ALONE = 3
@@ -199,6 +200,7 @@ def _proof(grid: Grid, parts: ModelParts, feed: Feed) -> dict[str, float]:
     """The errors of the identities that the first batch must satisfy."""
     first, dtype = feed.batches(*grid.block_range(0))[0], grid.plan.spec.execution.compute_dtype
     if isinstance(first, TokenBatch) and parts.anatomy.head:
-        return prove(parts, first.input_ids, first.attention_mask, dtype)
+        modules = [site for site in grid.plan.spec.sites if site.startswith(MODULE)]
+        return prove(parts, first.input_ids, first.attention_mask, dtype, modules)
     alone = [feed.alone(sequence) for sequence in first.sequences[:PROVED_ALONE]]
     return prove_sites(parts, grid.plan.spec.sites, feed.inputs(first), alone, dtype)

@@ -38,6 +38,8 @@ def forward(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = Non
 
 def logits_of(result: Any) -> torch.Tensor:
     """The logits (sequence, position, vocabulary) of what a causal language model returned."""
+    if isinstance(result, tuple) and result and isinstance(result[0], torch.Tensor):
+        return result[0]
     return result if isinstance(result, torch.Tensor) else result.logits
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 from pydantic import Field
@@ -9,7 +10,7 @@ from pydantic import Field
 from actcache.schemas.record import Record
 from actcache.schemas.sites import FINAL_NORM, MODULE
 
-ANATOMY_VERSION = 1
+ANATOMY_VERSION = 2
 """Raised whenever the search finds other things in the same model."""
 
 
@@ -93,6 +94,10 @@ class Anatomy(Record):
     def tap(self, site: str) -> Tap:
         """Where a site is read."""
         return Tap(module=site.removeprefix(MODULE), at="output") if site.startswith(MODULE) else self.taps[site]
+
+    def named_modules(self, sites: Iterable[str]) -> dict[str, str] | None:
+        """The module of each of some sites that the user named; None for a model whose sites are found."""
+        return None if self.blocks else {site: self.tap(site).module for site in sites}
 
     def meaning(self, site: str) -> str:
         """Where a site is read, in words."""

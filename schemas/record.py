@@ -45,4 +45,4 @@ def first_problem(error: ValidationError) -> str:
     problems = error.errors(include_url=False, include_context=False, include_input=False)
     place = ".".join(str(part) for part in problems[0]["loc"]) or "the whole"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return f"{place}: {problems[0]['msg']}{more}"
+    return f"{place}: {problems[0]['msg'].removeprefix('Value error, ')}{more}"

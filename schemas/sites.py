@@ -69,7 +69,7 @@ def expand(
     """The sites that patterns choose, in model order, none twice.
 
     A pattern is `resid`, `all`, a site's name, or a glob with `*`, `?`, `[…]` and `{a,b}`; several are
-    separated by spaces or given as a list. `blocks.3.hook_resid_pre` is stored under the name
+    separated by spaces or given as a list, and each alternative of a brace must match. `blocks.3.hook_resid_pre` is stored under the name
     `blocks.2.hook_resid_post`, since it is the same tensor. One that begins with `module:` chooses among `modules`, which
     nothing else does, and these come last.
 
@@ -81,7 +81,8 @@ def expand(
         raise InvalidInput("no sites asked for; give e.g. --sites resid")
     aliases = {resid_pre(layer): resid_post(layer - 1) for layer in range(1, n_layers)}
     chosen: set[str] = set()
-    for pattern in wanted:
+    everything = {*available, *modules, *aliases}
+    for pattern in (part for item in wanted for part in ([item] if item in everything else expand_braces(item))):
         if pattern == "resid":
             matches = [name for name in residual_stream(n_layers) if name in available]
         elif pattern == "all":
@@ -99,8 +100,7 @@ def expand(
 def _matching(pattern: str, among: Sequence[str]) -> list[str]:
     if pattern in among:  # a name may hold what a glob takes for a wildcard
         return [pattern]
-    globs = expand_braces(pattern)
-    return [name for name in among if any(fnmatchcase(name, g) for g in globs)]
+    return [name for name in among if fnmatchcase(name, pattern)]
 
 
 def _offer(pattern: str, available: Sequence[str], n_layers: int, modules: Sequence[str]) -> str:

@@ -219,8 +219,14 @@ class Execution(Record):
     batch_size: int
 
 
+_IF_ASKED = ("quantize", "modules")
+
+
 class ResolvedSpec(Record):
-    """Everything that determines a dataset's content: hashes and choices, no paths, no names. Its hash is the key."""
+    """Everything that determines a dataset's content: hashes and choices, no paths, no names. Its hash is the key.
+
+    `modules` says of sites that the user named of which module each is the output.
+    """
 
     capture: int
     model: ModelIdentity
@@ -232,6 +238,7 @@ class ResolvedSpec(Record):
     cutting: Cutting = Cutting()
     max_tokens: int | None
     sites: tuple[str, ...]
+    modules: dict[str, str] | None = None
     outputs: tuple[str, ...]
     quantize: Quantisation | None = None
     head: bool
@@ -243,7 +250,7 @@ class ResolvedSpec(Record):
     def _as_before(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without what is not asked for, so that a spec of before it could be asked for keeps its key."""
         document: dict[str, Any] = serialise(self)
-        return {name: value for name, value in document.items() if name != "quantize" or value is not None}
+        return {name: value for name, value in document.items() if name not in _IF_ASKED or value is not None}
 
     @property
     def stored_as(self) -> str:

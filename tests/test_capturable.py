@@ -251,3 +251,49 @@ def test_the_examples_run_to_their_end(tmp_path: Path, capsys: pytest.CaptureFix
     pages = [str(EXAMPLES.parent / page) for page in ("README.md", "docs/cli.md", "docs/format.md")]
     example("value_myopic_gpt").main(str(tmp_path / "gpt.zarr"), pages)
     assert "loss by layer, nats" in capsys.readouterr().out
+
+
+class Reusing(nn.Module):
+    """Uses one module twice, and a number that its repr does not tell."""
+
+    def __init__(self, times: float = 1.0) -> None:
+        super().__init__()
+        self.first, self.second, self.act, self.times = nn.Linear(5, 5), nn.Linear(5, 5), nn.ReLU(), times
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(self.second(self.act(self.first(x)))) * self.times
+
+
+def reusing(times: float = 1.0, **changes) -> ac.Spec:
+    torch.manual_seed(5)
+    fields = {"name": "own", "module": Reusing(times), "inputs": VECTORS, "sites": {"x": "first"}, **changes}
+    return ac.Spec(model=ac.Capturable(**fields), sites="all")
+
+
+def test_a_module_that_is_called_twice_is_no_site(tmp_path: Path):
+    with pytest.raises(ac.InvalidInput, match=r"site 'x': module 'act' is called 2 times an item"):
+        ac.build(reusing(sites={"x": "act"}), tmp_path / "ds")
+
+
+def test_attributes_and_the_modules_of_sites_are_part_of_the_key(tmp_path: Path):
+    ac.build(reusing(), tmp_path / "ds")
+    assert ac.build(reusing(), tmp_path / "ds").state == "already sealed"
+    with pytest.raises(ac.SpecMismatch, match=r"model\.config"):
+        ac.build(reusing(times=2.0), tmp_path / "ds")
+    with pytest.raises(ac.SpecMismatch, match=r"modules\.x: first here, second asked for"):
+        ac.build(reusing(sites={"x": "second"}), tmp_path / "ds")
+
+
+def test_added_and_replayed_sites_are_of_the_same_inputs_and_modules(tmp_path: Path):
+    ac.build(reusing(), tmp_path / "ds")
+    more = {"x": "first", "y": "second"}
+    with pytest.raises(ac.SpecMismatch, match=r"corpus\.content"):
+        ac.build(reusing(inputs=VECTORS + 1, sites=more), tmp_path / "ds", add_sites="y")
+    with pytest.raises(ac.SpecMismatch, match=r"site 'x' is the output of module 'first' here, not of 'second'"):
+        ac.build(reusing(sites={"x": "second"}), tmp_path / "ds", add_sites="x")
+    assert ac.build(reusing(sites=more), tmp_path / "ds", add_sites="y").added == ("y",)
+    assert ac.replay(tmp_path / "ds", model=reusing(sites=more).model).holds
+    with pytest.raises(ac.SpecMismatch, match=r"was built from other inputs than 'own' has"):
+        ac.replay(tmp_path / "ds", model=reusing(inputs=VECTORS[:2], sites=more).model)
+    with pytest.raises(ac.SpecMismatch, match=r"describe it with sites=\{'y': 'second'\}"):
+        ac.replay(tmp_path / "ds", model=reusing().model)

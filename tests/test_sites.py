@@ -64,6 +64,11 @@ def test_a_kind_that_some_blocks_lack_is_named_by_layer():
         expand("blocks.4.hook_resid_mid", available, 6)
 
 
+def test_each_alternative_must_match():
+    with pytest.raises(InvalidInput, match=r"no site matches 'blocks\.9\.hook_mlp_out'"):
+        expand("blocks.{0,9}.hook_mlp_out", all_sites(6), 6)
+
+
 def test_modules_are_chosen_by_their_prefix_alone():
     modules = [f"module:h.{i}.mlp.{part}" for i in range(3) for part in ("c_fc", "act")]
     available = all_sites(3)

@@ -16,7 +16,7 @@ from actcache.clients.cli.replay import replay_command
 @click.group(
     cls=OneLineErrors,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-    epilog="Exit codes: 0 done, 1 failed, 2 wrong usage.",
+    epilog="Exit codes: 0 done, 1 failed, 2 wrong usage or unusable input.",
 )
 @click.version_option(actcache.__version__, prog_name="actcache")
 @debug_option

@@ -40,15 +40,18 @@ class Field:
         """
         found = _READ[self.holds](value)
         if found is None:
-            raise Bad("wrong type", self.absent(names or (self.name,)))
+            raise Bad("wrong type", self._none(f"it is a {type(value).__name__}; there is: {self._shown(names)}"))
         if len(found) == 0:
             raise Bad("empty", f"field {self.name!r} is empty")
         return found
 
     def absent(self, names: Collection[str]) -> str:
         """What to say where the field holds no such thing: which fields there are, and the option that chooses."""
-        shown = [_shown(str(name)) for name in list(names)[:NAMES_SHOWN]] + (["…"] if len(names) > NAMES_SHOWN else [])
-        return self._none(f"there is: {', '.join(shown)}")
+        return self._none(f"there is: {self._shown(names)}")
+
+    def _shown(self, names: Collection[str]) -> str:
+        names = list(names) or [self.name]
+        return ", ".join([_shown(str(name)) for name in names[:NAMES_SHOWN]] + ["…"] * (len(names) > NAMES_SHOWN))
 
     def _none(self, there: str) -> str:
         what = {"text": "text", "tokens": "list of token ids", "messages": "list of {role, content} messages"}
