@@ -13,9 +13,9 @@ class Capturable:
     """A torch module, what it is called with, and the sites to store. Give it to `Spec` as its `model`.
 
     With `inputs` None the module is a language model: it is called with token ids (sequence, position), padded on the
-    right, and `attention_mask` if it takes one, and returns logits (sequence, position, vocabulary), a tuple that begins with them, or something that has
-    them as `.logits`. Its tokens come from the spec's corpus through `tokenizer`, and its sites are found as any GPT's are,
-    unless `sites` names them.
+    right, and `attention_mask` if it takes one, and returns logits (sequence, position, vocabulary), a tuple that begins with
+    them, or something that has them as `.logits`. Its tokens come from the spec's corpus through `tokenizer`, and its sites
+    are found as any GPT's are.
 
     Otherwise sequence i of the dataset is `inputs[i]`, an image say, and each of its `positions` is one row: a patch, or
     the whole image where `positions` is 1. There are no tokens then, and no head.

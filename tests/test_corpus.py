@@ -82,7 +82,11 @@ def test_the_identity_is_of_content_and_order(tmp_path: Path):
 
 
 BAD = [
-    (b'{"text": "ok"}\n{"text": 3}\n', "wrong type", r"a\.jsonl, line 2: no text in field 'text' \(there is: text\)"),
+    (
+        b'{"text": "ok"}\n{"text": 3}\n',
+        "wrong type",
+        r"a\.jsonl, line 2: no text in field 'text' \(it holds int; there is: text\)",
+    ),
     (b'{"body": "x"}\n', "field missing", r"there is: body\); choose with --text-field"),
     (b'{"text": null}\n', "field missing", r"line 1: no text in field 'text'"),
     (b"[1]\n", "wrong type", r"line 1: no text .*list"),

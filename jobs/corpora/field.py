@@ -40,7 +40,7 @@ class Field:
         """
         found = _READ[self.holds](value)
         if found is None:
-            raise Bad("wrong type", self._none(f"it is a {type(value).__name__}; there is: {self._shown(names)}"))
+            raise Bad("wrong type", self._none(f"it holds {type(value).__name__}; there is: {self._shown(names)}"))
         if len(found) == 0:
             raise Bad("empty", f"field {self.name!r} is empty")
         return found
