@@ -126,7 +126,7 @@ def merged(blocks: Iterable[BlockDamage], no_kl: str | None) -> Damage:
     )
 
 
-def quantised_roles(grid: Grid, receipts: Iterable[Receipt], generation: int = 0) -> dict[str, dict[str, Any]]:
+def quantised_roles(grid: Grid, receipts: Iterable[Receipt]) -> dict[str, dict[str, Any]]:
     """The root's roles of a build's quantised arrays, with the damage of all blocks, whose receipts come in order.
 
     Raises:
@@ -145,9 +145,9 @@ def quantised_roles(grid: Grid, receipts: Iterable[Receipt], generation: int = 0
                 )
             why = None if is_residual(site) else "not measured: no state of the residual stream"
             damage = merged((receipt.quantised[name] for receipt in receipts), why if grid.plan.spec.head else NO_HEAD)
-            own = {"generation": generation, "kind": kind, "of": site, "group": asked.group}
+            own = {"kind": kind, "of": site, "group": asked.group}
             roles[name] = {"role": "quantised", **own, "scale": scale, "damage": damage.document()}
-            roles[scale] = {"role": "scale", "generation": generation, "of": name}
+            roles[scale] = {"role": "scale", "of": name}
     return roles
 
 

@@ -124,7 +124,8 @@ class Dataset:
             InvalidInput: another dtype.
         """
         if dtype in KINDS:
-            return lazy_values(self._store.location, self.manifest, self._form(name, dtype))
+            form = self._form(name, dtype)
+            return lazy_values(self._store.location, self._manifest_of(form.codes.name), form)
         if dtype not in ("float32", "stored"):
             raise InvalidInput(f"dtype {dtype!r} is none of 'float32', 'stored', {', '.join(map(repr, KINDS))}")
         if name not in self.sites:
@@ -134,8 +135,11 @@ class Dataset:
     def _array(self, name: str, dtype: np.dtype | None) -> da.Array:
         if name not in self._root.layouts:
             raise NotFound(f"{self.url}: no array {name!r}; ds.sites and ds.tokens list what there is")
-        generation = self.generations[self._root.attributes.arrays[name].generation]
-        return lazy_array(self._store.location, generation.manifest, self._root.layouts[name], dtype)
+        return lazy_array(self._store.location, self._manifest_of(name), self._root.layouts[name], dtype)
+
+    def _manifest_of(self, name: str) -> str:
+        """The manifest of the build that stored an array, which tells it from one of the same name made anew."""
+        return self.generations[self._root.attributes.arrays[name].generation].manifest
 
     def damage(self, name: str, kind: str) -> Damage | None:
         """What quantising did to a site, measured over every token when the dataset was built; None if it is not recorded.

@@ -22,7 +22,7 @@ from actcache.jobs.torch_half import torch_half
 from actcache.schemas.anatomy import Anatomy
 from actcache.schemas.errors import Corrupt, InvalidInput, SpecMismatch, StoreError
 from actcache.schemas.outputs import output_layouts
-from actcache.schemas.plan import PLAN_KEY, BatchRule, Labels, ModelShape, Plan, added_records
+from actcache.schemas.plan import PLAN_KEY, BatchRule, ModelShape, Plan, added_records
 from actcache.schemas.root import Generation, RootAttributes
 from actcache.schemas.sites import expand
 from actcache.schemas.spec import CAPTURE_VERSION, Execution, ResolvedSpec, Spec, difference
@@ -150,12 +150,13 @@ def _plan(store: Store, spec: Spec, source: ModelSource, anatomy: Anatomy, same:
         key=resolved.key(),
         tokens_key=resolved.tokens_key(),
         spec=resolved,
-        labels=Labels(
-            model=source.name,
-            revision=source.revision,
-            model_license=spec.model_license or source.license() or first.labels.model_license,
-            corpus=first.labels.corpus,
-            corpus_license=spec.corpus_license or first.labels.corpus_license,
+        labels=first.labels.model_copy(
+            update={
+                "model": source.name,
+                "revision": source.revision,
+                "model_license": spec.model_license or source.license() or first.labels.model_license,
+                "corpus_license": spec.corpus_license or first.labels.corpus_license,
+            }
         ),
         model=first.model,
         widths={site: width for site in same.sites if (width := anatomy.width(site)) != first.model.d_model},
@@ -170,7 +171,7 @@ def _asked(spec: Spec, shape: ModelShape, base: ResolvedSpec) -> ResolvedSpec:
     """A resolved spec with whatever a spec says of stored dtype, quantising, execution and layout."""
     stored_dtype = base.stored_dtype if spec.dtype == "auto" else spec.dtype
     update: dict[str, Any] = {"stored_dtype": stored_dtype, "execution": _execution(spec, base)}
-    if spec.quantize:
+    if spec.quantize or spec.only_quantized:
         update["quantize"] = quantisation(spec)
     if spec.block_tokens is not None or spec.chunk_tokens is not None:
         block = spec.block_tokens or base.layout.block_tokens

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from actcache.cache.head import Head
 from actcache.cache.publish import PublishedShard, publish, publish_shard
 from actcache.cache.shards import ShardEncoder, encode_shard
 from actcache.cache.statistics import Moments, measure, pack, unpack
@@ -17,7 +16,7 @@ from actcache.cache.store import Store
 from actcache.jobs.batches import Batch, TokenBatch
 from actcache.jobs.capture import run
 from actcache.jobs.feeds import Feed
-from actcache.jobs.head import head_parts, to_numpy
+from actcache.jobs.head import numpy_head, to_numpy
 from actcache.jobs.outputs import OutputEncoder
 from actcache.jobs.parts import ModelParts
 from actcache.jobs.quantised import QuantisedEncoder
@@ -54,7 +53,7 @@ class BlockRunner:
         self._parts = parts
         self._feed = feed
         self._pool = pool
-        self._head = _numpy_head(parts) if grid.plan.spec.quantize and grid.plan.spec.head else None
+        self._head = numpy_head(parts) if grid.plan.spec.quantize and grid.plan.spec.head else None
 
     def compute(self, block: int, tick: Callable[[int], None]) -> Computed:
         """Run the sequences that touch a block. `tick` is called with the tokens kept from each batch.
@@ -171,12 +170,6 @@ class BlockRunner:
             where = self._store.location.child(key)
             raise Corrupt(f"{where}: holds statistics of other values; remove it and run again")
         return published.stored, [published.stored.key]
-
-
-def _numpy_head(parts: ModelParts) -> Head:
-    """The head as it is stored, as a reader of the dataset evaluates it."""
-    head = head_parts(parts)
-    return Head(head.operations, {name: array.astype(np.float32) for name, array in head.arrays.items()})
 
 
 def _raise_first(computed: Computed) -> None:

@@ -64,6 +64,19 @@ def run(
     return final[0] if final else None
 
 
+def read_sites(parts: ModelParts, inputs: Inputs, sites: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Run a batch and keep every site's tensor (sequence, position, width).
+
+    Copies, also on the CPU: a model may change a tensor that it has handed on, as Falcon adds attention's output to the MLP's.
+
+    Raises:
+        ProofFailed, InvalidInput: as `run`.
+    """
+    found: dict[str, torch.Tensor] = {}
+    run(parts, inputs, sites, lambda site, tensor: found.update({site: tensor.clone()}))
+    return found
+
+
 @contextmanager
 def _stopped(parts: ModelParts, stop: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]) -> Iterator[None]:
     """Call `stop` before the unembedding, if the model has a head."""

@@ -11,6 +11,7 @@ from typing import Any
 from actcache.jobs.corpora.files import printable
 from actcache.jobs.families import family_of
 from actcache.jobs.fingerprint import file_sha256
+from actcache.jobs.json_file import json_object
 from actcache.schemas.canonical import digest
 from actcache.schemas.dtypes import ACTIVATION_DTYPES
 from actcache.schemas.errors import InvalidInput, StoreError
@@ -78,7 +79,7 @@ class Checkpoint:
             if (self.folder / name).is_file():
                 return [self.folder / name]
             if index.is_file():
-                parts = _json(index).get("weight_map")
+                parts = json_object(index).get("weight_map")
                 if not isinstance(parts, dict) or not all(isinstance(part, str) for part in parts.values()):
                     raise InvalidInput(f"{index}: no weight_map")
                 return [self.folder / part for part in sorted(set(parts.values()))]
@@ -139,7 +140,7 @@ def locate(model: str, revision: str | None) -> Checkpoint:
     config = folder / "config.json"
     if not config.is_file():
         raise InvalidInput(f"{folder}: no config.json; is this a model's folder?")
-    return Checkpoint(folder, printable(name), pinned, _json(config))
+    return Checkpoint(folder, printable(name), pinned, json_object(config))
 
 
 def _download(model: str, revision: str | None) -> Path:
@@ -189,16 +190,6 @@ def _folded(files: list[Path]) -> str:
     except OSError as error:
         raise InvalidInput(f"{error.filename}: cannot be read: {error.strerror}") from None
     return digest([[path.name, sha] for path, sha in zip(files, hashes, strict=True)])
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InvalidInput(f"{path}: {error}") from None
-    if not isinstance(document, dict):
-        raise InvalidInput(f"{path}: not a JSON object")
-    return document
 
 
 def _safetensors_sizes(path: Path) -> list[tuple[str, int]]:

@@ -7,7 +7,8 @@ before returned; `additions` takes each block apart, `head_search` finds the way
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -40,7 +41,7 @@ def discover(model: nn.Module, attention: str, where: str) -> Anatomy:
     blocks = _blocks(model, ids, shape, where)
     search = _Search(model, blocks)
     inside = {path: module for path, module in model.named_modules() if path}
-    with watching(inside, shape, search.ended, search.began):
+    with _looked_up(model, ids) as rows, watching(inside, shape, search.ended, search.began):
         logits = logits_of(forward(model, ids, torch.ones_like(ids)))
     if tuple(logits.shape[:2]) != shape:
         raise Unsupported(
@@ -49,8 +50,13 @@ def discover(model: nn.Module, attention: str, where: str) -> Anatomy:
         )
     if not logits.isfinite().all():
         raise OutOfRange(f"{where}: its logits are not finite for plain tokens; try --compute-dtype float32")
+    stated = [int(config.vocab_size) for config in _configs(model) if hasattr(config, "vocab_size")]
     return search.anatomy(
-        logits, where, vocab_size=_vocabulary(model, ids), max_context=max_context(model), attention=attention
+        logits,
+        where,
+        vocab_size=max(rows) if rows else (stated or [int(logits.shape[-1])])[0],
+        max_context=max_context(model),
+        attention=attention,
     )
 
 
@@ -70,23 +76,22 @@ def max_context(model: nn.Module) -> int | None:
     return None
 
 
-def _vocabulary(model: nn.Module, ids: torch.Tensor) -> int:
-    """Rows of the embedding that token ids are looked up in."""
-    found: list[int] = []
+@contextmanager
+def _looked_up(model: nn.Module, ids: torch.Tensor) -> Iterator[list[int]]:
+    """While a model runs, the rows of the embeddings that these token ids are looked up in."""
+    rows: list[int] = []
 
     def look(module: nn.Embedding, args: tuple[Any, ...]) -> None:
         if isinstance(args[0], torch.Tensor) and torch.equal(args[0], ids):
-            found.append(module.num_embeddings)
+            rows.append(module.num_embeddings)
 
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     handles = [table.register_forward_pre_hook(look) for table in tables]
     try:
-        forward(model, ids, torch.ones_like(ids))
+        yield rows
     finally:
         for handle in handles:
             handle.remove()
-    stated = [int(config.vocab_size) for config in _configs(model) if hasattr(config, "vocab_size")]
-    return max(found) if found else stated[0] if stated else logits_of(forward(model, ids)).shape[-1]
 
 
 def plain_ids(model: nn.Module, sequences: int = SEQUENCES, positions: int = POSITIONS) -> torch.Tensor:

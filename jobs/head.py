@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from actcache.cache.head import Head
 from actcache.jobs.norms import gain_and_bias
 from actcache.jobs.parts import ModelParts
 from actcache.schemas.anatomy import HeadStep
@@ -33,6 +34,12 @@ def head_parts(parts: ModelParts) -> HeadParts:
         operations.append(operation)
         arrays |= weights
     return HeadParts(tuple(operations), arrays)
+
+
+def numpy_head(parts: ModelParts) -> Head:
+    """A model's head as a reader of the dataset evaluates it: in numpy, float32."""
+    head = head_parts(parts)
+    return Head(head.operations, {name: array.astype(np.float32) for name, array in head.arrays.items()})
 
 
 def _step(parts: ModelParts, step: HeadStep, name: str) -> tuple[Operation, dict[str, np.ndarray]]:

@@ -18,11 +18,6 @@ from actcache.schemas.errors import InvalidInput
 class Inputs(Protocol):
     """A batch, ready to be run."""
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Sequences and positions."""
-        ...
-
     def call(self, module: nn.Module) -> Any:
         """The module's own result."""
         ...
@@ -58,7 +53,7 @@ class TokenInputs:
         Raises:
             InvalidInput: there is none.
         """
-        found = vectors(value, self.shape, reshape=True)
+        found = vectors(value, self.shape)
         if found is None:
             raise InvalidInput(f"{site}: no vector a token in a batch of {self.shape[0]} × {self.shape[1]} tokens")
         return found
@@ -89,11 +84,6 @@ class ItemInputs:
             return cls(args, {}, len(items), positions)
         except (TypeError, ValueError, RuntimeError, KeyError) as error:
             raise InvalidInput(f"the module's inputs do not stack into a batch: {error}") from None
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Items and positions."""
-        return self.items, self.positions
 
     def call(self, module: nn.Module) -> Any:
         """The module's own result."""

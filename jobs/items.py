@@ -6,17 +6,19 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from actcache.cache.lease import Lease
 from actcache.cache.store import Store
-from actcache.jobs.store_axis import store_axis
+from actcache.jobs.store_axis import store_axis, stored_once
 from actcache.jobs.torch_half import torch_half
 from actcache.schemas.corpora import CorpusIdentity
 from actcache.schemas.grid import token_layouts
-from actcache.schemas.plan import TOKENS_KEY, Source, TokensRecord
+from actcache.schemas.plan import Source, TokensRecord
+
+if TYPE_CHECKING:
+    from hashlib import _Hash as Hash
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,7 @@ class Items:
         for index in range(len(self.inputs)):
             for name, value in _parts(self.inputs[index]):
                 array = torch_half("inputs").as_array(value, f"{self.name}: item {index} of its inputs")
-                hashed.update(f"{name} {array.dtype.name} {array.shape}\n".encode())
-                hashed.update(array.tobytes())
+                fold(hashed, name, array)
         return CorpusIdentity(kind="items", files=len(self.inputs), content=hashed.hexdigest())
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
@@ -70,27 +71,24 @@ class Items:
         Raises:
             SpecMismatch: the stored one is another.
         """
-        lease = Lease(store, "tokenise")
-        while True:
-            done = store.get_or_none(TOKENS_KEY)
-            if done is not None:
-                return TokensRecord.from_bytes(bytes(done), str(store.location.child(TOKENS_KEY)))
-            if lease.acquire():
-                break
-            lease.wait()
-        with lease:
-            count = len(self.inputs)
-            layouts = token_layouts(count * self.positions, count, count, of_tokens=False)
-            record = TokensRecord(
-                n_tokens=count * self.positions,
-                n_sequences=count,
-                n_documents=count,
-                bos_token_id=None,
-                eos_token_id=None,
-                content={},
-                objects=(),
-            )
-            return store_axis(store, layouts, self.rows, record, pool)
+        count = len(self.inputs)
+        layouts = token_layouts(count * self.positions, count, count, of_tokens=False)
+        record = TokensRecord(
+            n_tokens=count * self.positions,
+            n_sequences=count,
+            n_documents=count,
+            bos_token_id=None,
+            eos_token_id=None,
+            content={},
+            objects=(),
+        )
+        return stored_once(store, lambda: store_axis(store, layouts, self.rows, record, pool))
+
+
+def fold(hashed: Hash, name: str, array: np.ndarray) -> None:
+    """Add an array to a hash: its name, dtype, shape and bytes."""
+    hashed.update(f"{name} {array.dtype.name} {array.shape}\n".encode())
+    hashed.update(array.tobytes())
 
 
 def _parts(item: Any) -> list[tuple[str, Any]]:

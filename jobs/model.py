@@ -39,7 +39,7 @@ def load_model(folder: Path, family: str, compute_dtype: str, attention: str | N
             folder,
             config=config,
             dtype=getattr(torch, compute_dtype),
-            attn_implementation=attention,
+            attn_implementation={"": attention, "text_config": attention},  # no other part of a model is run
             local_files_only=True,
             output_loading_info=True,
         )

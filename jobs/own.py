@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -19,7 +18,7 @@ from actcache.jobs.checkpoint import tokenizer_of
 from actcache.jobs.families import OWN
 from actcache.jobs.head import to_numpy
 from actcache.jobs.inputs import ItemInputs
-from actcache.jobs.items import Items
+from actcache.jobs.items import Items, fold
 from actcache.jobs.model import proven
 from actcache.jobs.parts import ModelParts, device_of
 from actcache.jobs.settings import settings
@@ -210,7 +209,5 @@ def _weights(module: nn.Module) -> str:
     """The SHA-256 of every parameter and buffer that is stored: name, dtype, shape and bytes."""
     hashed = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
-        array = np.ascontiguousarray(to_numpy(tensor))
-        hashed.update(f"{name} {array.dtype.name} {array.shape}\n".encode())
-        hashed.update(array.tobytes())
+        fold(hashed, name, to_numpy(tensor))
     return hashed.hexdigest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -56,11 +57,9 @@ class ModelParts:
         transform: Transform | None = None
         final = self.anatomy.final_norm
         if site == FINAL_NORM and final is not None and final.norm is not None:
-            norm = final.norm
-            transform = lambda x: normalised(norm, x)  # noqa: E731
+            transform = partial(normalised, final.norm)
         elif tap.factor != 1.0:
-            factor = tap.factor
-            transform = lambda x: x * factor  # noqa: E731
+            transform = partial(torch.mul, other=tap.factor)
         return ModuleTap(site, self.model.get_submodule(tap.module), tap.at == "input", transform)
 
     def logits(self, state: torch.Tensor) -> torch.Tensor:

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from actcache.cache.head import Head
-from actcache.jobs.capture import run
-from actcache.jobs.head import head_parts, to_numpy
+from actcache.jobs.capture import read_sites, run
+from actcache.jobs.head import numpy_head, to_numpy
 from actcache.jobs.inputs import Inputs, TokenInputs
 from actcache.jobs.norms import gain_and_bias
 from actcache.jobs.parts import ModelParts
@@ -110,11 +109,11 @@ def prove_sites(
     Raises:
         ProofFailed: an error is beyond the tolerance of the dtype; the message names the site.
     """
-    batch = _vectors(parts, together, sites)
+    batch = read_sites(parts, together, sites)
     bound, worst = tolerance(dtype, len(sites)), 0.0
     for row, inputs in enumerate(alone):
-        for site, found in _vectors(parts, inputs, sites).items():
-            error = relative_error(batch[site][row, : found.shape[1]], found[0])
+        for site, found in read_sites(parts, inputs, sites).items():
+            error = _error(batch[site][row, : found.shape[1]], found[0])
             worst = max(worst, error)
             if not error <= bound:
                 raise ProofFailed(
@@ -122,12 +121,6 @@ def prove_sites(
                     "a module that mixes the items of a batch, or draws at random, cannot be stored"
                 )
     return {"batch": worst}
-
-
-def _vectors(parts: ModelParts, inputs: Inputs, sites: Sequence[str]) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    run(parts, inputs, sites, lambda site, tensor: found.update({site: tensor.clone()}))
-    return found
 
 
 @torch.inference_mode()
@@ -161,10 +154,13 @@ def identities(
     others = tolerance(dtype, parts.anatomy.n_layers)
     del states, kept, pres  # of a large model they are gigabytes
     stream = [site for site in parts.anatomy.sites if names.is_residual(site)]
+    row = ids[0, : int(mask[0].sum())]
+    alone = read_sites(parts, _unpadded(row[None]), stream)
     for name, measure in _CONTEXTS.items():
-        found[name] = Identity(measure(parts, ids, mask, stream), others)
+        found[name] = Identity(measure(parts, row, alone), others)
     if modules:
-        errors = [measure(parts, ids, mask, modules) for measure in (_padding_error, _batch_error)]
+        alone = read_sites(parts, _unpadded(row[None]), modules)
+        errors = [measure(parts, row, alone) for measure in (_padding_error, _batch_error)]
         found["modules"] = Identity(largest(*errors), others)
     return found
 
@@ -227,46 +223,41 @@ def _norm_error(parts: ModelParts, normalised: torch.Tensor, last: torch.Tensor)
 
 
 def _head_error(parts: ModelParts, last: torch.Tensor, logits: torch.Tensor) -> float:
-    head = head_parts(parts)
-    stored = Head(head.operations, {name: array.astype(np.float32) for name, array in head.arrays.items()})
-    stored.check(parts.anatomy.d_model)
-    return relative_error(torch.from_numpy(stored.logits(to_numpy(last).astype(np.float32))), logits.cpu())
+    head = numpy_head(parts)
+    head.check(parts.anatomy.d_model)
+    return relative_error(torch.from_numpy(head.logits(to_numpy(last).astype(np.float32))), logits.cpu())
 
 
-def _padding_error(parts: ModelParts, ids: torch.Tensor, mask: torch.Tensor, sites: Sequence[str]) -> float:
-    """The first sequence alone against the same padded on the right, and its half among longer ones."""
-    length = int(mask[0].sum())
-    alone = _vectors(parts, TokenInputs(ids[:1, :length], mask[:1, :length]), sites)
+def _unpadded(ids: torch.Tensor) -> TokenInputs:
+    return TokenInputs(ids, torch.ones_like(ids))
+
+
+def _padding_error(parts: ModelParts, row: torch.Tensor, alone: Mapping[str, torch.Tensor]) -> float:
+    """A sequence alone against the same padded on the right, and against its half among longer ones."""
+    length = len(row)
     half = max(1, length // 2)
     most = parts.anatomy.max_context or length + EXTRA_PADDING
     longest = length if length >= most else min(length + EXTRA_PADDING, most)
-    padded, padded_mask = ids.new_zeros(2, longest), mask.new_zeros(2, longest)
-    padded[0, :length], padded_mask[0, :length] = ids[0, :length], 1
-    padded[1, :half], padded_mask[1, :half] = ids[0, :half], 1
-    together = _vectors(parts, TokenInputs(padded, padded_mask), sites)
+    padded, mask = row.new_zeros(2, longest), row.new_zeros(2, longest)
+    for index, size in enumerate((length, half)):
+        padded[index, :size], mask[index, :size] = row[:size], 1
+    together = read_sites(parts, TokenInputs(padded, mask), alone)
     return largest(_worst(together, 0, alone, length), _worst(together, 1, alone, half))
 
 
-def _batch_error(parts: ModelParts, ids: torch.Tensor, mask: torch.Tensor, sites: Sequence[str]) -> float:
-    """The first sequence alone against the same among three."""
-    length = int(mask[0].sum())
-    alone = _vectors(parts, TokenInputs(ids[:1, :length], mask[:1, :length]), sites)
-    row = ids[0, :length]
-    three = torch.stack([row.flip(0), row, row.roll(1)])
-    together = _vectors(parts, TokenInputs(three, torch.ones_like(three)), sites)
-    return _worst(together, 1, alone, length)
+def _batch_error(parts: ModelParts, row: torch.Tensor, alone: Mapping[str, torch.Tensor]) -> float:
+    """A sequence alone against the same among three."""
+    together = read_sites(parts, _unpadded(torch.stack([row.flip(0), row, row.roll(1)])), alone)
+    return _worst(together, 1, alone, len(row))
 
 
-def _causality_error(parts: ModelParts, ids: torch.Tensor, mask: torch.Tensor, sites: Sequence[str]) -> float:
-    """The first half of the first sequence, run alone, against the same within the whole."""
-    length = int(mask[0].sum())
-    half = max(1, length // 2)
-    whole = _vectors(parts, TokenInputs(ids[:1, :length], mask[:1, :length]), sites)
-    alone = _vectors(parts, TokenInputs(ids[:1, :half], mask[:1, :half]), sites)
-    return _worst(whole, 0, alone, half)
+def _causality_error(parts: ModelParts, row: torch.Tensor, alone: Mapping[str, torch.Tensor]) -> float:
+    """The first half of a sequence, run by itself, against the same within the whole."""
+    half = max(1, len(row) // 2)
+    return _worst(alone, 0, read_sites(parts, _unpadded(row[None, :half]), alone), half)
 
 
-_CONTEXTS: dict[str, Callable[[ModelParts, torch.Tensor, torch.Tensor, Sequence[str]], float]] = {
+_CONTEXTS: dict[str, Callable[[ModelParts, torch.Tensor, Mapping[str, torch.Tensor]], float]] = {
     "padding": _padding_error,
     "batch": _batch_error,
     "causality": _causality_error,

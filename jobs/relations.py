@@ -61,10 +61,8 @@ def factor_of(
     if not any(sum_error(sampled(total), sampled(base), [factor * few]) <= bound for factor in tried):
         return None
     errors = {factor: sum_error(total, base, [factor * wide]) for factor in tried}
-    if not errors:
-        return None
     best = min(errors, key=errors.__getitem__)
-    listed = min((factor for factor in factors), key=errors.__getitem__, default=best)
+    listed = min(factors, key=errors.__getitem__, default=best)
     chosen = listed if errors[listed] <= FAR * errors[best] else best
     return chosen if errors[chosen] <= bound else None
 

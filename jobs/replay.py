@@ -12,7 +12,7 @@ import torch
 from actcache.cache.quantise import QuantisedReader
 from actcache.cache.reader import ArrayReader
 from actcache.cache.store import Store
-from actcache.jobs.capture import run
+from actcache.jobs.capture import read_sites
 from actcache.jobs.feeds import Feed
 from actcache.jobs.head import to_numpy
 from actcache.jobs.parts import ModelParts
@@ -44,15 +44,10 @@ def replay(store: Store, grid: Grid, parts: ModelParts, feed: Feed, sequence_sta
     worst, told = 0.0, 0.0
     for sequence in drawn:
         start, stop = int(sequence_start[sequence]), int(sequence_start[sequence + 1])
-        states: dict[str, np.ndarray] = {}
-
-        def keep(site: str, tensor: torch.Tensor, states: dict[str, np.ndarray] = states) -> None:
-            states[site] = to_numpy(tensor[0])
-
-        run(parts, feed.alone(sequence), spec.sites, keep)
+        states = read_sites(parts, feed.alone(sequence), spec.sites)
         receipts = receipts_of_tokens(store, grid, start, stop)
         for form in forms:
-            error = relative_error(wide(form.reader.read(start, stop)), wide(states[form.site]))
+            error = relative_error(wide(form.reader.read(start, stop)), wide(to_numpy(states[form.site][0])))
             limit = limit_of(form, grid, receipts)
             if form.bound is None or not grid.exact_sites:
                 worst, told = max(worst, error), max(told, limit)

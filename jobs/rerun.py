@@ -15,9 +15,9 @@ from actcache.cache.added import stored_tokens
 from actcache.cache.opening import SealedRoot, read_plan
 from actcache.cache.reader import ArrayReader
 from actcache.cache.store import Store
-from actcache.jobs.anatomy import study
+from actcache.jobs.anatomy import Studied, study
 from actcache.jobs.batches import Batch, touching
-from actcache.jobs.capture import run
+from actcache.jobs.capture import read_sites
 from actcache.jobs.determinism import deterministic
 from actcache.jobs.environment import device_name
 from actcache.jobs.feeds import Feed
@@ -34,7 +34,7 @@ from actcache.schemas.errors import Corrupt, InvalidInput, SpecMismatch
 from actcache.schemas.grid import Grid
 from actcache.schemas.plan import Plan
 from actcache.schemas.receipt import Receipt
-from actcache.schemas.root import Generation
+from actcache.schemas.root import Generation, RootAttributes
 
 
 @deterministic()
@@ -45,21 +45,39 @@ def rerun(store: Store, root: SealedRoot, count: int, model: str | Path | Captur
     drawn = sorted(rng.sample(range(attributes.n_sequences), min(count, attributes.n_sequences)))
     found = Replayed(str(store.location), drawn)
     tokens = stored_tokens(store, attributes)
-    for number, generation in enumerate(attributes.generations):
-        plan = read_plan(store, attributes.records(number))
-        if plan is None:
-            raise Corrupt(f"{store.location}: the plan of generation {number} is missing; copy the dataset again")
+    plans = [_plan(store, attributes, number) for number in range(len(attributes.generations))]
+    source = _source(store, plans[0], model)
+    sequence_start = ArrayReader(store, root.layouts["sequence_start"]).read()
+    loaded: dict[tuple[str, str], Studied] = {}
+    for number, (plan, generation) in enumerate(zip(plans, attributes.generations, strict=True)):
         grid = Grid.of(plan, tokens, number)
-        source = _source(store, plan, model)
-        execution = plan.spec.execution
-        chosen = Chosen(plan, source, study(source, plan.spec.model, execution.compute_dtype, execution.attention))
-        _check_own(store, plan, chosen)
-        parts = loaded_parts(chosen)
-        sequence_start = ArrayReader(store, grid.token_arrays()["sequence_start"]).read()
+        chosen = _chosen(store, plan, source, loaded)
+        parts = ModelParts(chosen.studied.model, chosen.studied.anatomy)
         feed = feed_of(store, grid, chosen, sequence_start, parts)
         _Comparison(store, grid, parts, feed, sequence_start).compare(drawn, found.arrays)
         found.differs |= _differences(generation, parts)
     return found
+
+
+def _plan(store: Store, attributes: RootAttributes, number: int) -> Plan:
+    plan = read_plan(store, attributes.records(number))
+    if plan is None or plan.spec.model != attributes.generations[0].provenance.spec.model:
+        raise Corrupt(
+            f"{store.location}: the plan of generation {number} is missing, or of another model; copy the dataset again"
+        )
+    return plan
+
+
+def _chosen(store: Store, plan: Plan, source: ModelSource, loaded: dict[tuple[str, str], Studied]) -> Chosen:
+    """A plan with its model, loaded once for all builds that ran it alike."""
+    execution = plan.spec.execution
+    alike = (execution.compute_dtype, execution.attention)
+    if alike not in loaded:
+        studied = study(source, plan.spec.model, *alike)
+        loaded[alike] = Studied(studied.anatomy, loaded_parts(Chosen(plan, source, studied)).model)
+    chosen = Chosen(plan, source, loaded[alike])
+    _check_own(store, plan, chosen)
+    return chosen
 
 
 def _source(store: Store, plan: Plan, model: str | Path | Capturable | None) -> ModelSource:
@@ -136,13 +154,7 @@ class _Comparison:
         receipts: list[Receipt],
         found: dict[str, SiteReplay],
     ) -> None:
-        states: dict[str, torch.Tensor] = {}
-        run(
-            self._parts,
-            self._feed.inputs(batch),
-            self._grid.plan.spec.sites,
-            lambda site, tensor: states.update({site: tensor.cpu()}),
-        )
+        states = read_sites(self._parts, self._feed.inputs(batch), self._grid.plan.spec.sites)
         for sequence in sequences:
             row = sequence - batch.sequences.start
             start = max(int(self._sequence_start[sequence]), low)

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from glob import has_magic
 from pathlib import Path
 
-from pydantic import TypeAdapter
-
 from actcache.jobs.anatomy import Studied, study
 from actcache.jobs.corpora.corpus import Corpus, open_corpus
 from actcache.jobs.corpora.files import printable
@@ -24,7 +22,7 @@ from actcache.schemas.outputs import top_k
 from actcache.schemas.plan import BatchRule, Labels, ModelShape, Plan
 from actcache.schemas.quantised import Quantisation
 from actcache.schemas.sites import expand
-from actcache.schemas.spec import CAPTURE_VERSION, DType, Execution, Layout, ResolvedSpec, Spec
+from actcache.schemas.spec import CAPTURE_VERSION, Execution, Layout, ResolvedSpec, Spec
 
 DEFAULT_CONTEXT = 1024
 SHARD_BYTES = 64 << 20
@@ -38,6 +36,11 @@ ARRANGING = {
     *("min_tokens", "max_document_tokens", "shuffle", "sample", "max_documents"),
 }
 """What a spec says of the arrangement of a corpus's tokens."""
+OF_ITEMS = {
+    *("model", "sites", "dtype", "compute_dtype", "quantize", "only_quantized", "head"),
+    *("batch_size", "block_tokens", "chunk_tokens", "model_license", "corpus_license"),
+}
+"""What a spec can say where a module has inputs of its own: there is no corpus, and there are no logits."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,8 @@ def resolve(spec: Spec, endpoint_url: str | None = None, profile: str | None = N
     """
     source = source_of(spec.model, spec.revision)
     items = source.items()
+    if items is not None:
+        _check_items(spec)
     corpus = open_corpus(spec, endpoint_url, profile) if items is None else items
     compute_dtype = _compute_dtype(spec, source)
     identity = source.identity()
@@ -97,8 +102,11 @@ def resolve(spec: Spec, endpoint_url: str | None = None, profile: str | None = N
         vocab_size=anatomy.vocab_size,
         max_context=anatomy.max_context,
     )
-    context = _context(spec, shape) if items is None else items.positions
-    _check_items(spec) if items is not None else _check_outputs(spec, shape)
+    if items is None:
+        context = _context(spec, shape)
+        _check_outputs(spec, shape)
+    else:
+        context = items.positions
     sites = tuple(expand(spec.sites, anatomy.sites, anatomy.n_layers, anatomy.module_sites))
     stored_dtype = compute_dtype if spec.dtype == "auto" else spec.dtype
     batch_size = spec.batch_size or max(1, TOKENS_PER_BATCH // context)
@@ -145,21 +153,21 @@ def resolve(spec: Spec, endpoint_url: str | None = None, profile: str | None = N
     return Resolved(plan, source, studied, corpus)
 
 
-def _compute_dtype(spec: Spec, source: ModelSource) -> DType:
+def _compute_dtype(spec: Spec, source: ModelSource) -> str:
     """The dtype of the forward pass."""
     own = source.dtype()
-    of_own = isinstance(spec.model, Capturable)
-    if of_own and (own not in ACTIVATION_DTYPES or spec.compute_dtype not in (None, own)):
+    if not isinstance(spec.model, Capturable):
+        return spec.compute_dtype or own
+    if own not in ACTIVATION_DTYPES or spec.compute_dtype not in (None, own):
         raise InvalidInput(
             f"{source.name}: the module computes in {own}; convert it, as with module.to(torch.float32), to compute in another"
         )
-    return TypeAdapter(DType).validate_python(spec.compute_dtype or own)
+    return own
 
 
 def _check_items(spec: Spec) -> None:
     """Refuse what has no meaning where a module has inputs of its own."""
-    given = sorted(spec.model_fields_set & {*ARRANGING, "corpus", "context", "max_tokens", "outputs", "text_field"})
-    if given:
+    if given := sorted(spec.model_fields_set - OF_ITEMS):
         raise InvalidInput(f"the module has inputs of its own, so {', '.join(given)} has no meaning; leave it out")
 
 

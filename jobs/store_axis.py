@@ -8,6 +8,8 @@ from concurrent.futures import Executor
 
 import numpy as np
 
+from actcache.cache.lease import Lease
+from actcache.cache.opening import read_tokens
 from actcache.cache.publish import publish, publish_metadata, publish_shard
 from actcache.cache.shards import ShardEncoder
 from actcache.cache.store import Store
@@ -18,6 +20,17 @@ from actcache.schemas.plan import TOKENS_KEY, StoredObject, TokensRecord
 ROWS_AT_ONCE = 1 << 18
 """Small enough that the allocator uses memory again, large enough that making rows costs little: 2 MiB of int64."""
 Rows = Callable[[str, int, int], np.ndarray]
+
+
+def stored_once(store: Store, make: Callable[[], TokensRecord]) -> TokensRecord:
+    """The record of the stored tokens, or what `make` stores. One worker does it under a lease, others wait for it."""
+    lease = Lease(store, "tokenise")
+    while (done := read_tokens(store)) is None:
+        if lease.acquire():
+            with lease:
+                return read_tokens(store) or make()  # the holder before may have finished between the two looks
+        lease.wait()
+    return done
 
 
 def store_axis(

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from actcache.cache.lease import Lease
 from actcache.cache.store import Store
 from actcache.jobs.arrange import DOCUMENTS_AT_ONCE, Rules, arrange
 from actcache.jobs.axis import Axis
@@ -21,10 +20,10 @@ from actcache.jobs.encode import Encoder
 from actcache.jobs.selection import ranks
 from actcache.jobs.special_ids import SpecialIds, special_ids
 from actcache.jobs.spool import Spool
-from actcache.jobs.store_axis import store_axis
+from actcache.jobs.store_axis import store_axis, stored_once
 from actcache.schemas.errors import InvalidInput
 from actcache.schemas.grid import token_layouts
-from actcache.schemas.plan import TOKENS_KEY, Plan, TokensRecord
+from actcache.schemas.plan import Plan, TokensRecord
 
 Note = Callable[[str], None]
 
@@ -48,22 +47,21 @@ def tokenise(
         SpecMismatch: the stored tokens are not those of this corpus and tokenizer.
         StoreError: a server fails, or the disk is full.
     """
-    lease = Lease(store, "tokenise")
-    while True:
-        done = store.get_or_none(TOKENS_KEY)
-        if done is not None:
-            return _found(store, bytes(done), corpus)
-        if lease.acquire():
-            break
-        lease.wait()
-    if store.get_or_none(TOKENS_KEY) is not None:  # the holder before finished between the two looks
-        with lease:
-            return tokenise(store, plan, corpus, tokenizer, pool, tick, note)
-    with lease, ExitStack() as spools:
-        made = _made(plan, corpus, tokenizer(), spools, tick)
-        if made.skipped or made.dropped:
-            note(_told(made))
-        return _store(store, made, pool)
+
+    def make() -> TokensRecord:
+        with ExitStack() as spools:
+            made = _made(plan, corpus, tokenizer(), spools, tick)
+            if made.skipped or made.dropped:
+                note(_told(made))
+            return _store(store, made, pool)
+
+    record = stored_once(store, make)
+    if corpus.strict and record.skipped:
+        raise InvalidInput(
+            f"{store.location}: {sum(record.skipped.values()):,} rows were skipped when these tokens were stored; "
+            "build without --strict, or correct the corpus and build into another URL"
+        )
+    return record
 
 
 @dataclass(frozen=True)
@@ -74,16 +72,6 @@ class Made:
     skipped: dict[str, int]
     dropped: dict[str, int]
     first_skipped: str | None
-
-
-def _found(store: Store, data: bytes, corpus: Corpus) -> TokensRecord:
-    record = TokensRecord.from_bytes(data, str(store.location.child(TOKENS_KEY)))
-    if corpus.strict and record.skipped:
-        raise InvalidInput(
-            f"{store.location}: {sum(record.skipped.values()):,} rows were skipped when these tokens were stored; "
-            "build without --strict, or correct the corpus and build into another URL"
-        )
-    return record
 
 
 def _made(plan: Plan, corpus: Corpus, tokenizer: Any, spools: ExitStack, tick: Tick) -> Made:

@@ -43,15 +43,15 @@ def logits_of(result: Any) -> torch.Tensor:
     return result if isinstance(result, torch.Tensor) else result.logits
 
 
-def vectors(value: Any, shape: tuple[int, int], reshape: bool = False) -> torch.Tensor | None:
+def vectors(value: Any, shape: tuple[int, int]) -> torch.Tensor | None:
     """The first floating-point tensor in arguments or results with one vector a token, or None.
 
-    With `reshape`, (sequence · position, width) counts too.
+    It is (sequence, position, width), or (sequence · position, width), which is reshaped.
     """
     for tensor in _tensors(value):
         if tensor.ndim == 3 and tuple(tensor.shape[:2]) == shape:
             return tensor
-        if reshape and tensor.ndim == 2 and len(tensor) == shape[0] * shape[1]:
+        if tensor.ndim == 2 and len(tensor) == shape[0] * shape[1]:
             return tensor.reshape(*shape, -1)
     return None
 
@@ -91,7 +91,7 @@ def watching(
     handles = []
 
     def before(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = vectors(arguments(args, kwargs), shape, reshape=True)
+        given = vectors(arguments(args, kwargs), shape)
         call = Call(path, module, next(clock), None if given is None else given.detach().clone())
         open_calls.append(call)
         if began is not None:
@@ -101,7 +101,7 @@ def watching(
         while open_calls:
             call = open_calls.pop()
             if call.path == path:
-                made = vectors(output, shape, reshape=True)
+                made = vectors(output, shape)
                 call.made = None if made is None else made.detach().clone()
                 call.ended = next(clock)
                 ended(call)

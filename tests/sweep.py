@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,8 +17,8 @@ import torch
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from actcache.jobs.families import overrides
-from actcache.jobs.model import look_at
+from actcache.jobs.checkpoint import locate
+from actcache.jobs.model import load_model, look_at
 from actcache.jobs.parts import ModelParts
 from actcache.jobs.proof import identities
 from actcache.schemas.errors import ActcacheError
@@ -52,7 +53,7 @@ class Result:
 
 
 def run(model_type: str) -> Result:
-    """Build a type from its tiny config, take it apart and check every identity in float32, on one thread."""
+    """Save a tiny model of a type, load it as a build does, take it apart and check every identity, on one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # such small products take longer on several
     try:
@@ -67,13 +68,15 @@ def _run(model_type: str) -> Result:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         transformers.utils.logging.set_verbosity_error()
-        model = tiny_configs.build(model_type)
-        for name, value in overrides(model_type).items():
-            setattr(model.config, name, value)
-        try:
-            parts = ModelParts(model, look_at(model, "sdpa", model_type))
-        except ActcacheError as error:
-            return Result(model_type, False, _reason(str(error).removeprefix(f"{model_type}: ")))
+        transformers.utils.logging.disable_progress_bar()
+        with tempfile.TemporaryDirectory() as folder:
+            tiny_configs.build(model_type).save_pretrained(folder)
+            try:
+                checkpoint = locate(folder, None)
+                model, attention = load_model(checkpoint.folder, checkpoint.family, "float32", None)
+                parts = ModelParts(model, look_at(model, attention, model_type))
+            except ActcacheError as error:
+                return Result(model_type, False, _reason(str(error).removeprefix(f"{model_type}: "), folder))
         ids = torch.randint(5, 200, (SEQUENCES, POSITIONS), generator=torch.Generator().manual_seed(3))
         mask = torch.ones_like(ids)
         mask[1, -4:] = 0
@@ -84,9 +87,10 @@ def _run(model_type: str) -> Result:
     return Result(model_type, True, _sites(parts))
 
 
-def _reason(error: str) -> str:
+def _reason(error: str, folder: str) -> str:
     """An error without its advice and without what differs from run to run."""
-    return re.sub(r"; describe the model.*|: [^:]*\\d[^:]*$", "", error).replace("|", "/")
+    error = error.removeprefix(f"{folder}: ")
+    return re.sub(r"; (upgrade|describe the model).*|: [^:]*\d[^:]*$", "", error).replace("|", "/")
 
 
 def _sites(parts: ModelParts) -> str:

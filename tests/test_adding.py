@@ -60,6 +60,12 @@ def check_whole(url: str | Path) -> None:
     assert (report.problems, report.unexpected, report.unfinished) == ([], [], [])
 
 
+def test_only_quantized_without_a_kind_is_refused_as_in_a_first_build(ds: Path, more: ac.Spec):
+    with pytest.raises(ac.InvalidInput, match="--only-quantized leaves out the exact arrays: say with --quantize"):
+        ac.build(more.model_copy(update={"only_quantized": True}), ds, add_sites=MORE)
+    check_whole(ds)
+
+
 def test_added_sites_are_what_one_build_of_all_sites_stores(sealed: Path, grown: Path, built: str):
     """Bit for bit, to the bytes of the shards; and nothing of the first build has changed but the root."""
     old, new, whole = ac.open(sealed), ac.open(grown), ac.open(built)

@@ -217,6 +217,7 @@ VECTORS = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
         ({"module": "nn"}, {}, ac.InvalidInput, r"its module is a str, not a torch\.nn\.Module"),
         ({}, {"corpus": ("a.txt",)}, ac.InvalidInput, r"has inputs of its own, so corpus has no meaning"),
         ({}, {"outputs": ("loss",)}, ac.InvalidInput, r"so outputs has no meaning"),
+        ({}, {"strict": True, "tokens_field": "ids"}, ac.InvalidInput, r"so strict, tokens_field has no meaning"),
         ({}, {"sites": "nosuch"}, ac.InvalidInput, r"no site matches 'nosuch'; this model .* has x"),
         ({"inputs": None}, {"corpus": ("README.md",)}, ac.InvalidInput, r"a language model's sites are found"),
         ({"inputs": None, "sites": None}, {"corpus": ("README.md",)}, ac.Unsupported, r"run on token ids alone"),

@@ -52,6 +52,24 @@ def test_every_site_of_a_family_is_what_its_hook_means(tmp_path: Path, family: s
     assert all_kinds - kinds == (set() if changes else LACKING.get(family, set()))
 
 
+def test_a_tensor_that_the_model_changes_afterwards_is_stored_and_replayed_as_it_was(tmp_path: Path):
+    """Falcon adds attention's output to the MLP's in place, which would change an MLP output that is not copied at once."""
+    model = tiny_configs.build("falcon", seed=7)
+    model.save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model")
+    corpus = write_corpus(tmp_path / "corpus", documents=4)
+    ac.build(ac.Spec(model=str(tmp_path / "model"), corpus=(corpus,), sites="all"), tmp_path / "ds")
+    ds = ac.open(tmp_path / "ds")
+    pre = ds["blocks.0.hook_resid_pre"].compute()
+    for layer in range(ds.model.n_layers):
+        attention, mlp = (ds[f"blocks.{layer}.hook_{part}_out"].compute() for part in ("attn", "mlp"))
+        post = ds[f"blocks.{layer}.hook_resid_post"].compute()
+        np.testing.assert_allclose(pre + attention + mlp, post, rtol=1e-5, atol=1e-5)
+        pre = post
+    found = ac.replay(tmp_path / "ds", model=tmp_path / "model")
+    assert all(site.equal for site in found.arrays.values())
+
+
 def test_a_site_that_a_family_lacks_is_an_error_that_lists_what_it_has(tmp_path: Path):
     tiny_configs.build("gptj").save_pretrained(tmp_path / "model")
     save_tokenizer(tmp_path / "model")

@@ -8,7 +8,7 @@ from typing import Any
 
 from actcache.jobs.corpora.document import Bad, BadRow, Document
 from actcache.jobs.corpora.field import Field
-from actcache.jobs.corpora.files import CorpusFile, seekable
+from actcache.jobs.corpora.files import CorpusFile
 from actcache.schemas.errors import InvalidInput
 
 ROWS_AT_ONCE, BYTES_AT_ONCE = 256, 16 << 20
@@ -23,7 +23,7 @@ def parquet_rows(file: CorpusFile, source: int, field: Field) -> Iterator[Docume
     """
     import pyarrow.parquet
 
-    with seekable(file) as opened, _arrow_errors(file, "Parquet"):
+    with file.open(seekable=True) as opened, _arrow_errors(file, "Parquet"):
         table = pyarrow.parquet.ParquetFile(opened, pre_buffer=False, buffer_size=BUFFER)
         names = table.schema_arrow.names
         if field.name not in names:

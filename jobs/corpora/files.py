@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Protocol
@@ -92,10 +90,3 @@ def changed(where: str) -> InvalidInput:
 def printable(name: str) -> str:
     """A file's name as text: bytes that are not UTF-8 are replaced."""
     return os.fsencode(name).decode("utf-8", "replace")
-
-
-@contextmanager
-def seekable(file: CorpusFile) -> Iterator[IO[bytes]]:
-    """A file opened to be read out of order."""
-    with file.open(seekable=True) as opened:
-        yield opened

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
+from actcache.jobs.json_file import json_object
 from actcache.schemas.errors import InvalidInput
 
 STATE, SPLITS = "state.json", "dataset_dict.json"
@@ -25,16 +24,16 @@ def saved_files(folder: Path, split: str | None) -> list[tuple[Path, str]]:
     """
     chosen = folder
     if (folder / SPLITS).is_file():
-        splits = [str(name) for name in _json(folder / SPLITS).get("splits", [])]
+        splits = [str(name) for name in json_object(folder / SPLITS).get("splits", [])]
         wanted = split or DEFAULT_SPLIT
         if wanted not in splits:
             raise InvalidInput(f"{folder}: no split {wanted!r} (there is: {', '.join(splits)}); choose with --split")
         chosen = folder / wanted
     elif split is not None:
-        own = _json(folder / STATE).get("_split")
+        own = json_object(folder / STATE).get("_split")
         if own != split:
             raise InvalidInput(f"{folder}: one dataset without splits, of {own!r}; leave --split {split} out")
-    state = _json(chosen / STATE)
+    state = json_object(chosen / STATE)
     if state.get("_indices_data_files"):
         raise InvalidInput(f"{chosen}: rows chosen by an index file; save it anew with this version of datasets")
     files = state.get("_data_files")
@@ -46,13 +45,3 @@ def saved_files(folder: Path, split: str | None) -> list[tuple[Path, str]]:
     if missing:
         raise InvalidInput(f"{chosen / missing[0]}: no such file, though {STATE} names it")
     return [(chosen / name, (chosen / name).relative_to(folder).as_posix()) for name in names]
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InvalidInput(f"{path}: {error}") from None
-    if not isinstance(document, dict):
-        raise InvalidInput(f"{path}: not a JSON object")
-    return document
