@@ -8,8 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from actcache.cache.encoder import encode_shard
 from actcache.cache.reader import ArrayReader
-from actcache.cache.shards import decode_shard, encode_shard
+from actcache.cache.shards import decode_shard
 from actcache.cache.store import Store, open_store
 from actcache.schemas.array import ArrayLayout
 from benchmarks.material import THREADS, Material, default_cut, layout

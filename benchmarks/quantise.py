@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from actcache.cache.shards import ShardEncoder, encode_shard
+from actcache.cache.encoder import ShardEncoder, encode_shard
 from actcache.cache.statistics import measure
 from actcache.jobs.quantised import quantise_portion
 from actcache.schemas.array import ArrayLayout

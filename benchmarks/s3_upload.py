@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import obstore
 
+from actcache.cache.encoder import encode_shard
 from actcache.cache.publish import publish
 from actcache.cache.remote_store import RemoteStore
-from actcache.cache.shards import encode_shard
 from actcache.cache.store import open_store
 from benchmarks.material import THREADS, Material, layout
 from benchmarks.ratio import Result, alternate, compare, timed

@@ -13,8 +13,8 @@ import numpy as np
 import zarr
 
 import actcache  # noqa: F401  (registers bfloat16 with zarr-python)
+from actcache.cache.encoder import encode_shard
 from actcache.cache.reader import ArrayReader
-from actcache.cache.shards import encode_shard
 from actcache.cache.store import Store, open_store
 from actcache.schemas.array import ArrayLayout
 from benchmarks.material import THREADS, Material, default_cut, layout

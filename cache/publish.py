@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from actcache.cache.shards import decode_shard, encode_shard
+from actcache.cache.encoder import encode_shard
+from actcache.cache.shards import decode_shard
 from actcache.cache.store import Store
 from actcache.schemas.array import ArrayLayout
 from actcache.schemas.canonical import canonical, sha256

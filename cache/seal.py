@@ -26,6 +26,7 @@ from actcache.schemas.canonical import digest, sha256
 from actcache.schemas.errors import Corrupt, NotFound, NotSealed, SpecMismatch
 from actcache.schemas.grid import Grid, whole_layout, width_dimension
 from actcache.schemas.manifest import manifest_bytes, manifest_key
+from actcache.schemas.part import parts_of, parts_with
 from actcache.schemas.plan import FORMAT, RECORDS, TOKENS_KEY, StoredObject, TokensRecord, plan_key
 from actcache.schemas.receipt import HEAD_RECEIPT, HeadReceipt, Receipt, receipt_key, statistics_key
 from actcache.schemas.root import ROOT_KEY, ReplayResult
@@ -33,6 +34,7 @@ from actcache.schemas.root_document import root_bytes
 from actcache.schemas.sites import site_meaning
 
 ENVIRONMENTS = f"{RECORDS}environments/"
+PARTS_NAMED = 20
 NOT_REPLAYED = ReplayResult(status="not replayed")
 
 
@@ -78,7 +80,7 @@ def environments_of(records: str) -> str:
 
 def remove_scaffolding(store: Store, records: str = RECORDS) -> None:
     """Remove leases, probes, environments and dead staging: what only the build of these records needs."""
-    for prefix in (LEASES, PROBES, ENVIRONMENTS):
+    for prefix in (LEASES, PROBES, ENVIRONMENTS, parts_of()):
         for key in store.list(f"{records}{prefix.removeprefix(RECORDS)}"):
             store.delete(key)
     store.clean_staging()
@@ -125,7 +127,7 @@ def collect(store: Store, grid: Grid, tokens: TokensRecord | None, pool: Executo
     if missing:
         raise NotSealed(
             f"{store.location}: {len(missing)} of {grid.n_blocks} blocks are missing (first: block {missing[0]}); "
-            f"run {command} to go on"
+            f"run {command} to go on{_missing_parts(listing, grid, missing)}"
         )
     keys = [plan_key(grid.records), *((TOKENS_KEY,) if tokens else ()), *receipts_at]
     if has_head:
@@ -142,6 +144,18 @@ def collect(store: Store, grid: Grid, tokens: TokensRecord | None, pool: Executo
     for entry in _stored(parts):
         _check(store, entry, listing, grid.records)
     return parts
+
+
+def _missing_parts(listing: dict[str, int], grid: Grid, missing: list[int]) -> str:
+    """Which parts the missing blocks are of, where the build is run in parts."""
+    folder = parts_of(grid.records)
+    names = [key.removeprefix(folder).removesuffix(".json") for key in listing if key.startswith(folder)]
+    told = ""
+    for of in sorted(int(name) for name in names if name.isdecimal()):
+        parts = parts_with(set(missing), grid.n_blocks, of)
+        more = f" and {len(parts) - PARTS_NAMED} more" if len(parts) > PARTS_NAMED else ""
+        told += f", or --part {', '.join(str(part) for part in parts[:PARTS_NAMED])}{more}"
+    return told
 
 
 def _stored(parts: Parts) -> Iterator[StoredObject]:

@@ -1,7 +1,7 @@
 """Encoding and decoding of shards: Zarr v3's `sharding_indexed` of `bytes → blosc → crc32c`, index at the end.
 
 A shard is its compressed chunks one after the other, then an index of (offset, length) pairs in little-endian uint64, then
-the index's crc32c. A chunk is a Blosc buffer and its own crc32c. All of it is written here, on threads, since a
+the index's crc32c. A chunk is a Blosc buffer and its own crc32c. All of it is written here, since a
 shard must be whole before it is put, and equal input must give equal bytes.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import struct
 from collections.abc import Sequence
-from concurrent.futures import Executor, Future
 from typing import Any
 
 import google_crc32c
@@ -29,68 +28,6 @@ Piece = tuple[bytes, bytes]
 """A compressed chunk and its crc32c."""
 
 
-class ShardEncoder:
-    """Encodes one shard from rows that come in any portions, compressing on a pool while more are on their way.
-
-    Holds at most one chunk not compressed beside those that the pool has yet to take.
-    """
-
-    def __init__(self, layout: ArrayLayout, pool: Executor) -> None:
-        self._layout = layout
-        self._pool = pool
-        self._pieces: list[Future[Piece]] = []
-        self._chunk = np.empty(0)
-        self._filled = 0
-
-    def append(self, rows: np.ndarray) -> None:
-        """Add rows, shape (n, *row_shape), of the layout's dtype.
-
-        They must not change before `finish` is done: whole chunks of them are compressed where they lie.
-
-        Raises:
-            ValueError: wrong dtype or shape, or more rows than the shard has.
-        """
-        layout = self._layout
-        if rows.dtype != layout.numpy_dtype or rows.shape[1:] != layout.row_shape:
-            raise ValueError(
-                f"{layout.name}: rows of {rows.dtype} {rows.shape[1:]}, not {layout.dtype} {layout.row_shape}"
-            )
-        if len(self._pieces) * layout.chunk_rows + self._filled + len(rows) > layout.shard_rows:
-            raise ValueError(f"{layout.name}: more rows than the {layout.shard_rows} of a shard")
-        while len(rows):
-            if self._filled == 0 and len(rows) >= layout.chunk_rows:
-                whole, rows = rows[: layout.chunk_rows], rows[layout.chunk_rows :]
-                self._submit(np.ascontiguousarray(whole))
-                continue
-            if self._filled == 0:
-                self._chunk = np.empty((layout.chunk_rows, *layout.row_shape), layout.numpy_dtype)
-            taken = min(len(rows), layout.chunk_rows - self._filled)
-            self._chunk[self._filled : self._filled + taken] = rows[:taken]
-            self._filled += taken
-            rows = rows[taken:]
-            if self._filled == layout.chunk_rows:
-                self._submit(self._chunk)
-                self._filled = 0
-
-    def finish(self) -> memoryview:
-        """The shard's bytes."""
-        if self._filled:
-            self._chunk[self._filled :] = 0
-            self._submit(self._chunk)
-            self._filled = 0
-        return _assemble(self._layout, [piece.result() for piece in self._pieces])
-
-    def _submit(self, chunk: np.ndarray) -> None:
-        self._pieces.append(self._pool.submit(encode_chunk, self._layout, chunk))
-
-
-def encode_shard(layout: ArrayLayout, rows: np.ndarray, pool: Executor) -> memoryview:
-    """The bytes of a shard that holds `rows`, shape (n, *row_shape) with n at most the shard's rows."""
-    encoder = ShardEncoder(layout, pool)
-    encoder.append(rows)
-    return encoder.finish()
-
-
 def encode_chunk(layout: ArrayLayout, chunk: np.ndarray) -> Piece:
     """One chunk, compressed, and its crc32c. Call it off the main thread: Blosc then runs on this thread alone."""
     itemsize = layout.numpy_dtype.itemsize
@@ -99,7 +36,8 @@ def encode_chunk(layout: ArrayLayout, chunk: np.ndarray) -> Piece:
     return packed, _CRC.pack(google_crc32c.value(packed))
 
 
-def _assemble(layout: ArrayLayout, pieces: Sequence[Piece]) -> memoryview:
+def assemble(layout: ArrayLayout, pieces: Sequence[Piece]) -> memoryview:
+    """The bytes of the shard whose first chunks these are."""
     index = np.full((layout.chunks_per_shard, 2), ABSENT, "<u8")
     lengths = np.array([len(packed) + len(crc) for packed, crc in pieces], "<u8")
     index[: len(pieces), 1] = lengths

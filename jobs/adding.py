@@ -13,7 +13,9 @@ from actcache.cache.opening import read_plan
 from actcache.cache.roots import newest_root
 from actcache.cache.store import Store
 from actcache.jobs.anatomy import study
+from actcache.jobs.batching import TOKENS_PER_BATCH, asked_limits, rule_of, with_limits
 from actcache.jobs.corpora.corpus import open_corpus
+from actcache.jobs.options import RunOptions
 from actcache.jobs.progress import Reporter
 from actcache.jobs.resolve import ARRANGING, Chosen, check_layout, layout_of, quantisation
 from actcache.jobs.sequences import cutting_of, selection_of
@@ -22,7 +24,7 @@ from actcache.jobs.torch_half import torch_half
 from actcache.schemas.anatomy import Anatomy
 from actcache.schemas.errors import Corrupt, InvalidInput, SpecMismatch, StoreError
 from actcache.schemas.outputs import output_layouts
-from actcache.schemas.plan import PLAN_KEY, BatchRule, ModelShape, Plan, added_records
+from actcache.schemas.plan import PLAN_KEY, ModelShape, Plan, added_records
 from actcache.schemas.root import Generation, RootAttributes
 from actcache.schemas.sites import expand
 from actcache.schemas.spec import CAPTURE_VERSION, Execution, ResolvedSpec, Spec, difference
@@ -35,18 +37,18 @@ if TYPE_CHECKING:
 class Added:
     """What became of an added build.
 
-    `generation` has the sites asked for, the newest that has any of them; `sites` were missing; `by_us` says whether this
-    run sealed them, `outcome` what else it did, None where there was nothing to do.
+    `generation` has the sites asked for, the newest that has any of them, None where only a part was run; `sites` were missing;
+    `by_us` says whether this run sealed them, `outcome` what else it did, None where there was nothing to do.
     """
 
     root: RootAttributes
-    generation: Generation
+    generation: Generation | None
     sites: tuple[str, ...] = ()
     by_us: bool = False
     outcome: Outcome | None = None
 
 
-def add(store: Store, spec: Spec, patterns: str | Iterable[str], reporter: Reporter) -> Added:
+def add(store: Store, spec: Spec, patterns: str | Iterable[str], reporter: Reporter, options: RunOptions) -> Added:
     """Add the sites that patterns choose, and the spec's outputs, as far as the sealed dataset lacks them.
 
     The spec names the model. Whatever else it leaves open is as in the first build.
@@ -94,7 +96,9 @@ def add(store: Store, spec: Spec, patterns: str | Iterable[str], reporter: Repor
         how = "in quantised form alone" if same.quantize.only else "quantised too"
         reporter.note(f"as in the first build, the added sites are stored {how} ({', '.join(same.quantize.kinds)})")
     store.clean_staging()
-    outcome = torch_half("run").run_added(store, grid, Chosen(grid.plan, source, studied), reporter)
+    outcome = torch_half("run").run_added(store, grid, Chosen(grid.plan, source, studied), reporter, options)
+    if outcome.sealed is None:
+        return Added(root, None, grid.plan.spec.sites, outcome=outcome)
     root = outcome.sealed.root.attributes
     (generation,) = (part for part in root.generations if part.key == grid.plan.key)
     return Added(root, generation, generation.captured, outcome.sealed.by_us, outcome)
@@ -160,7 +164,7 @@ def _plan(store: Store, spec: Spec, source: ModelSource, anatomy: Anatomy, same:
         ),
         model=first.model,
         widths={site: width for site in same.sites if (width := anatomy.width(site)) != first.model.d_model},
-        batches=BatchRule(size=resolved.execution.batch_size),
+        batches=rule_of(resolved.execution),
         sources=first.sources,
     )
     check_layout(plan)
@@ -182,10 +186,13 @@ def _asked(spec: Spec, shape: ModelShape, base: ResolvedSpec) -> ResolvedSpec:
 
 
 def _execution(spec: Spec, base: ResolvedSpec) -> Execution:
-    names = ("compute_dtype", "attention", "batch_size")
-    return base.execution.model_copy(
+    names = ("compute_dtype", "attention")
+    execution = base.execution.model_copy(
         update={name: value for name in names if (value := getattr(spec, name)) is not None}
     )
+    # what a trial found for the first build holds for an added one: it takes no more room
+    found = base.execution.batch_tokens or TOKENS_PER_BATCH
+    return with_limits(execution, asked_limits(spec, lambda: found))
 
 
 def _nothing_to_do(store: Store, spec: Spec, root: RootAttributes, sites: list[str], outputs: tuple[str, ...]) -> Added:

@@ -15,14 +15,21 @@ from actcache.schemas.plan import BatchRule
 class Batch:
     """Sequences run together.
 
-    `keep` (sequence, position) marks the block's own tokens, in the order of the token axis; `starts` is each sequence's
-    first token on that axis.
+    `sequences` (sequence) are their indices; `starts` and `lengths` (sequence) say where on the token axis each begins and how
+    long it is. `keep` (sequence, position) marks the block's own tokens, and `tokens` (kept) is the index on the token axis of
+    each of these, in the order of `keep`'s rows.
     """
 
-    sequences: range
+    sequences: np.ndarray
     starts: np.ndarray
     lengths: np.ndarray
     keep: torch.Tensor
+    tokens: np.ndarray
+
+    @property
+    def whole(self) -> bool:
+        """Whether every position is kept."""
+        return len(self.tokens) == self.keep.numel()
 
 
 @dataclass(frozen=True)
@@ -43,14 +50,41 @@ def touching(sequence_start: np.ndarray, start: int, stop: int) -> range:
 def batches(rule: BatchRule, sequence_start: np.ndarray, start: int, stop: int) -> Iterator[Batch]:
     """The batches of the block [start, stop); tokens outside it are run and not kept."""
     wanted = touching(sequence_start, start, stop)
-    for first in range(wanted.start, wanted.stop, rule.size):
-        sequences = range(first, min(first + rule.size, wanted.stop))
-        starts = sequence_start[sequences.start : sequences.stop]
-        lengths = sequence_start[sequences.start + 1 : sequences.stop + 1] - starts
-        position = np.arange(int(lengths.max()))
+    lengths = np.diff(sequence_start[wanted.start : wanted.stop + 1])
+    for group in grouped(rule, lengths):
+        starts = sequence_start[wanted.start + group]
+        position = np.arange(int(lengths[group].max()))
         token = starts[:, None] + position
-        keep = (position < lengths[:, None]) & (token >= start) & (token < stop)
-        yield Batch(sequences, starts, lengths, torch.from_numpy(keep))
+        keep = (position < lengths[group][:, None]) & (token >= start) & (token < stop)
+        yield Batch(wanted.start + group, starts, lengths[group], torch.from_numpy(keep), token[keep])
+
+
+def grouped(rule: BatchRule, lengths: np.ndarray) -> Iterator[np.ndarray]:
+    """Which sequences of these lengths (n) are run together: indices into `lengths`, each once."""
+    if rule.order == "sequence":
+        assert rule.size is not None
+        yield from np.split(np.arange(len(lengths)), range(rule.size, len(lengths), rule.size))
+        return
+    assert rule.tokens is not None
+    order, first = np.argsort(-lengths, kind="stable"), 0
+    while first < len(order):
+        count = max(1, rule.tokens // int(lengths[order[first]]))
+        yield order[first : first + count]
+        first += count
+
+
+def padded_fraction(rule: BatchRule, lengths: np.ndarray) -> float:
+    """Pads run for each position run, of sequences of these lengths as one block."""
+    run = sum(len(group) * int(lengths[group].max()) for group in grouped(rule, lengths))
+    return 1 - int(lengths.sum()) / run if run else 0.0
+
+
+def runs(tokens: np.ndarray) -> Iterator[tuple[int, int, int]]:
+    """Where rows of these tokens lie side by side on the token axis too: first row, end row, first token."""
+    borders = np.flatnonzero(np.diff(tokens) != 1) + 1
+    for first, last in zip((0, *borders.tolist()), (*borders.tolist(), len(tokens)), strict=True):
+        if last > first:
+            yield first, last, int(tokens[first])
 
 
 def with_tokens(batch: Batch, pad_token_id: int, token_id: np.ndarray, offset: int) -> TokenBatch:
@@ -64,6 +98,7 @@ def with_tokens(batch: Batch, pad_token_id: int, token_id: np.ndarray, offset: i
         batch.starts,
         batch.lengths,
         batch.keep,
+        batch.tokens,
         torch.from_numpy(ids),
         torch.from_numpy(mask.astype(np.int64)),
     )

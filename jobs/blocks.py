@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
+from actcache.cache.encoder import Placement, ShardEncoder, encode_shard
 from actcache.cache.publish import PublishedShard, publish, publish_shard
-from actcache.cache.shards import ShardEncoder, encode_shard
 from actcache.cache.statistics import Moments, measure, pack, unpack
 from actcache.cache.store import Store
 from actcache.jobs.batches import Batch, TokenBatch
 from actcache.jobs.capture import run
 from actcache.jobs.feeds import Feed
-from actcache.jobs.head import numpy_head, to_numpy
+from actcache.jobs.head import numpy_head
 from actcache.jobs.outputs import OutputEncoder
 from actcache.jobs.parts import ModelParts
 from actcache.jobs.quantised import QuantisedEncoder
+from actcache.jobs.stages import Meter, MeteredPool
+from actcache.jobs.staging import Staging
+from actcache.jobs.transfer import Taken, Transfer
 from actcache.schemas.array import ArrayLayout
 from actcache.schemas.errors import Corrupt, OutOfRange
 from actcache.schemas.grid import Grid
@@ -28,7 +32,16 @@ from actcache.schemas.receipt import Receipt, receipt_key, statistics_key
 
 PUTS_AT_ONCE = 4
 
-Measured = tuple[Moments, np.ndarray]
+Tick = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of some rows of a site: their moments, and the norm of each, (n,), of the tokens (n,)."""
+
+    moments: Moments
+    norms: np.ndarray
+    tokens: np.ndarray
 
 
 @dataclass
@@ -45,18 +58,31 @@ class Computed:
 
 
 class BlockRunner:
-    """Computes and stores the blocks of one build."""
+    """Computes and stores the blocks of one build. One block at a time is computed; any number are stored meanwhile."""
 
-    def __init__(self, store: Store, grid: Grid, parts: ModelParts, feed: Feed, pool: Executor) -> None:
+    def __init__(
+        self,
+        store: Store,
+        grid: Grid,
+        parts: ModelParts,
+        feed: Feed,
+        pool: Executor,
+        staging: Staging,
+        meter: Meter,
+    ) -> None:
         self._store = store
         self._grid = grid
         self._parts = parts
         self._feed = feed
-        self._pool = pool
+        self._pool = MeteredPool(pool, meter, "encode")
+        self._staging = staging
+        self._meter = meter
+        self._transfer = Transfer(parts.device)
+        self._stored = getattr(torch, grid.plan.spec.stored_dtype)
         self._head = numpy_head(parts) if grid.plan.spec.quantize and grid.plan.spec.head else None
 
-    def compute(self, block: int, tick: Callable[[int], None]) -> Computed:
-        """Run the sequences that touch a block. `tick` is called with the tokens kept from each batch.
+    def compute(self, block: int, batches: Sequence[Batch], tick: Tick) -> Computed:
+        """Run the batches of a block. `tick` is called with the tokens kept from each batch; what it raises ends the run.
 
         Raises:
             OutOfRange: a value is not finite, or the stored dtype cannot hold it.
@@ -65,37 +91,54 @@ class BlockRunner:
         start, stop = grid.block_range(block)
         sites = grid.plan.spec.sites
         encoders = {site: ShardEncoder(grid.site(site), self._pool) for site in grid.exact_sites}
-        outputs = OutputEncoder(grid.outputs.values(), grid.plan.model.vocab_size, self._pool)
+        outputs = OutputEncoder(grid.outputs.values(), grid.plan.model.vocab_size, start, stop, self._pool)
         quantised = QuantisedEncoder(grid, start, stop, self._pool)
         computed = Computed(block, start, stop, encoders, {site: [] for site in sites}, outputs, quantised)
-        reached = start
-        for batch in self._feed.batches(start, stop):
-            self._run(batch, computed, reached)
-            kept = int(batch.keep.sum())
-            reached += kept
-            tick(kept)
-            _raise_first(computed)
-            quantised.drain()
+        with self._meter.busy("forward"):
+            for batch in batches:
+                self._run(batch, computed)
+                tick(len(batch.tokens))
+                _raise_first(computed)
+                quantised.drain()
         return computed
 
-    def _run(self, batch: Batch, computed: Computed, first_token: int) -> None:
+    def _run(self, batch: Batch, computed: Computed) -> None:
         spec = self._grid.plan.spec
-        stored = getattr(torch, spec.stored_dtype)
-        keep = batch.keep.to(self._parts.device)
+        placement = Placement(batch.tokens - computed.start)
 
         def take(site: str, tensor: torch.Tensor) -> None:
-            rows = tensor[keep]  # a copy, so that the model may reuse its own
-            values = to_numpy(rows.to(stored))
-            narrowed = rows if rows.dtype != stored else None
-            if site in computed.encoders:
-                computed.encoders[site].append(values)
-            computed.measured[site].append(self._pool.submit(_inspect, site, first_token, values, narrowed))
-            computed.quantised.append(site, first_token, values if narrowed is None else to_numpy(rows))
+            with self._meter.paused("forward"):
+                self._take(site, tensor, batch, placement, computed)
 
         whole = bool(computed.outputs.names)
         state = run(self._parts, self._feed.inputs(batch), spec.sites, take, whole)
         if state is not None and isinstance(batch, TokenBatch) and whole:
-            computed.outputs.append(self._parts, state, batch, first_token)
+            computed.outputs.append(self._parts, state, batch)
+
+    def _take(self, site: str, tensor: torch.Tensor, batch: Batch, placement: Placement, computed: Computed) -> None:
+        """Copy a site's kept rows and have them encoded, measured and quantised."""
+        narrows = tensor.dtype != self._stored
+        wanted = computed.quantised.wants_computed and narrows
+        size = len(batch.tokens) * tensor.shape[-1] * (self._stored.itemsize + wanted * tensor.dtype.itemsize)
+        self._wait_for_room(size, computed)
+        with self._meter.busy("copy"):
+            rows = self._transfer.select(tensor, batch)
+            stored = self._transfer.take(rows.to(self._stored))
+            computed_rows = self._transfer.take(rows) if wanted else stored
+        readers: list[Future[Any]] = []
+        if site in computed.encoders:
+            readers += computed.encoders[site].place(placement, stored.rows, stored.ready)
+        inspected = self._pool.submit(_inspect, site, batch.tokens, stored, rows if narrows else None)
+        computed.measured[site].append(inspected)
+        readers += [inspected, *computed.quantised.append(site, batch.tokens, placement, computed_rows)]
+        self._staging.give_back_after(size, readers)
+
+    def _wait_for_room(self, size: int, computed: Computed) -> None:
+        """Wait until the encoding has room. A GPU that computes all the while is counted as busy."""
+        began = self._meter.clock()
+        self._staging.take(size, lambda: _raise_first(computed))
+        if self._transfer.computing():
+            self._meter.add("forward", self._meter.clock() - began)
 
     def publish(self, computed: Computed) -> Receipt:
         """Store a block's shards, norms, outputs and statistics, then its receipt.
@@ -111,14 +154,13 @@ class BlockRunner:
             computed.quantised.drain(wait=True)
             quantised = list(puts.map(self._shard(block, computed.quantised.finish), grid.quantised.values()))
             outputs = list(puts.map(self._shard(block, computed.outputs.finish), grid.outputs.values()))
-        shards = [shard for shard, _ in stored if shard is not None]
-        measured = [found for _, found in stored]
+        shards = [shard for shard, _, _ in stored if shard is not None]
         shards += quantised
-        rows = np.stack([norms for _, norms in measured], axis=1)
-        shards.append(publish_shard(self._store, grid.norm, block, encode_shard(grid.norm, rows, self._pool)))
+        norms = encode_shard(grid.norm, np.stack([norms for _, _, norms in stored], axis=1), self._pool)
+        shards.append(self._put(grid.norm, block, norms))
         shards += outputs
         damage = computed.quantised.damage(self._head)
-        statistics, other = self._publish_statistics(block, [moments for moments, _ in measured])
+        statistics, other = self._publish_statistics(block, [moments for _, moments, _ in stored])
         receipt = Receipt(
             block=block,
             start=computed.start,
@@ -133,25 +175,32 @@ class BlockRunner:
             return receipt
         return Receipt.from_bytes(bytes(published.other), str(self._store.location.child(key)))
 
-    def _publish_site(self, site: str, computed: Computed) -> tuple[PublishedShard | None, Measured]:
-        """Store a site's shard, if its values are stored as they are.
+    def _publish_site(self, site: str, computed: Computed) -> tuple[PublishedShard | None, Moments, np.ndarray]:
+        """Store a site's shard, if its values are stored as they are. Returns its moments and norms (token) too.
 
-        Statistics and norms are of what is stored, whoever wrote it; without an exact array, of the values before quantising.
+        They are of what is stored, whoever wrote it; without an exact array, of the values before quantising.
         """
         parts = [future.result() for future in computed.measured[site]]
         shard = None
         if encoder := computed.encoders.pop(site, None):
-            shard = publish_shard(self._store, self._grid.site(site), computed.block, encoder.finish())
+            shard = self._put(self._grid.site(site), computed.block, encoder.finish())
         if shard is not None and shard.kept is not None:
-            parts = [measure(shard.kept)]
-        whole = parts[0][0]
-        for part, _ in parts[1:]:
-            whole = whole.merge(part)
-        return shard, (whole, np.concatenate([norms for _, norms in parts]))
+            return shard, *measure(shard.kept)
+        whole = parts[0].moments
+        for part in parts[1:]:
+            whole = whole.merge(part.moments)
+        norms = np.empty(computed.stop - computed.start, parts[0].norms.dtype)
+        for part in parts:
+            norms[part.tokens - computed.start] = part.norms
+        return shard, whole, norms
 
     def _shard(self, block: int, finish: Callable[[str], memoryview]) -> Callable[[ArrayLayout], PublishedShard]:
         """What stores a block's shard of an array, encoded by then but for its end."""
-        return lambda layout: publish_shard(self._store, layout, block, finish(layout.name))
+        return lambda layout: self._put(layout, block, finish(layout.name))
+
+    def _put(self, layout: ArrayLayout, block: int, data: memoryview) -> PublishedShard:
+        with self._meter.busy("upload"):
+            return publish_shard(self._store, layout, block, data)
 
     def _publish_statistics(self, block: int, moments: list[Moments]) -> tuple[StoredObject, list[str]]:
         """Store a block's statistics. Those of an earlier attempt that differ by rounding alone are kept and reported."""
@@ -180,16 +229,17 @@ def _raise_first(computed: Computed) -> None:
                 future.result()
 
 
-def _inspect(site: str, first_token: int, values: np.ndarray, before: torch.Tensor | None) -> Measured:
+def _inspect(site: str, tokens: np.ndarray, stored: Taken, before: torch.Tensor | None) -> Measured:
     """Measure rows, and refuse a value that is not finite. `before` has the values before they were narrowed."""
+    values = stored.values()
     moments, norms = measure(values)
     if not np.isfinite(moments.mean).all():
         row, column = (int(i) for i in np.argwhere(~np.isfinite(values.astype(np.float32)))[0])
-        where = f"{site}, token {first_token + row}, dimension {column}"
+        where = f"{site}, token {tokens[row]}, dimension {column}"
         value = float(values[row, column] if before is None else before[row, column])
         if before is not None and np.isfinite(value):
             raise OutOfRange(
                 f"{where}: {value!r} does not fit into {values.dtype.name}; build with --dtype float32 or bfloat16 into another URL"
             )
         raise OutOfRange(f"{where}: the model computed {value!r}; try --compute-dtype float32, into another URL")
-    return moments, norms
+    return Measured(moments, norms, tokens)

@@ -47,6 +47,11 @@ class Checkpoint:
     config: dict[str, Any]
 
     @property
+    def reference(self) -> str:
+        """The hub id that has a commit, or the folder."""
+        return self.name if self.revision is not None else str(self.folder.absolute())
+
+    @property
     def family(self) -> str:
         """Its `model_type`.
 

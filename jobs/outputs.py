@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from actcache.cache.shards import ShardEncoder
+from actcache.cache.encoder import encode_shard
 from actcache.jobs.batches import TokenBatch
 from actcache.jobs.head import to_numpy
 from actcache.jobs.parts import ModelParts
@@ -31,25 +31,34 @@ _NOTHING = -100
 
 
 class OutputEncoder:
-    """Encodes a block's outputs while the forward passes go on. `layouts` are those of the outputs asked for."""
+    """Gathers the outputs of the tokens [start, stop) of a block. `layouts` are those of the outputs asked for."""
 
-    def __init__(self, layouts: Collection[ArrayLayout], vocabulary: int, pool: Executor) -> None:
-        self._encoders = {layout.name: ShardEncoder(layout, pool) for layout in layouts}
+    def __init__(
+        self, layouts: Collection[ArrayLayout], vocabulary: int, start: int, stop: int, pool: Executor
+    ) -> None:
+        self._layouts = {layout.name: layout for layout in layouts}
+        self._arrays = {
+            name: np.empty((stop - start, *layout.row_shape), layout.numpy_dtype)
+            for name, layout in self._layouts.items()
+        }
+        self._start = start
+        self._pool = pool
         self._positions = max(1, LOGITS_AT_ONCE // max(1, vocabulary))
         self._k = next((layout.shape[1] for layout in layouts if layout.name == TOPK_LOGIT), None)
 
     @property
     def names(self) -> list[str]:
         """The arrays' names."""
-        return list(self._encoders)
+        return list(self._layouts)
 
     @torch.inference_mode()
-    def append(self, parts: ModelParts, state: torch.Tensor, batch: TokenBatch, first_token: int) -> None:
+    def append(self, parts: ModelParts, state: torch.Tensor, batch: TokenBatch) -> None:
         """Add the kept tokens of a batch of which `state` (sequence, position, width) is what the unembedding is given.
 
         Raises:
             OutOfRange: the model's logits are not finite.
         """
+        done = 0
         for row, length in enumerate(batch.lengths):
             ids = batch.input_ids[row, :length].to(state.device)
             successor = functional.pad(ids[1:], (0, 1), value=_NOTHING)
@@ -57,17 +66,18 @@ class OutputEncoder:
             for low in range(0, int(length), self._positions):
                 high = min(low + self._positions, int(length))
                 logits = parts.logits(state[row, low:high])
-                found = measure(logits, successor[low:high], self._encoders, self._k)
+                found = measure(logits, successor[low:high], self._layouts, self._k)
                 kept = keep[low:high]
+                tokens = batch.tokens[done : done + int(kept.sum())]
+                done += len(tokens)
                 for name, values in found.items():
                     rows = to_numpy(values.cpu()[kept])
-                    _check(name, rows, first_token, successor[low:high].cpu()[kept].numpy())
-                    self._encoders[name].append(rows)
-                first_token += int(kept.sum())
+                    _check(name, rows, tokens, successor[low:high].cpu()[kept].numpy())
+                    self._arrays[name][tokens - self._start] = rows
 
     def finish(self, name: str) -> memoryview:
         """The bytes of an array's shard."""
-        return self._encoders.pop(name).finish()
+        return encode_shard(self._layouts[name], self._arrays.pop(name), self._pool)
 
 
 def measure(
@@ -126,7 +136,7 @@ def _by_value_and_place(logits: torch.Tensor, k: int) -> torch.Tensor:
     return last - (keys.topk(k, dim=-1).values & 0xFFFFFFFF)
 
 
-def _check(name: str, rows: np.ndarray, first_token: int, successor: np.ndarray) -> None:
+def _check(name: str, rows: np.ndarray, tokens: np.ndarray, successor: np.ndarray) -> None:
     """Refuse what logits that are not finite leave. A single logit may be -inf: a token that the model rules out."""
     if name in (TOPK_LOGIT, TOPK_TOKEN_ID):
         return
@@ -136,6 +146,6 @@ def _check(name: str, rows: np.ndarray, first_token: int, successor: np.ndarray)
     if bad.any():
         row = int(np.flatnonzero(bad)[0])
         raise OutOfRange(
-            f"{name}, token {first_token + row}: {float(rows[row])!r} from the model's logits; "
+            f"{name}, token {tokens[row]}: {float(rows[row])!r} from the model's logits; "
             "try --compute-dtype float32, into another URL"
         )

@@ -46,6 +46,11 @@ class OwnModel:
         return self.capturable.name
 
     @property
+    def reference(self) -> Capturable:
+        """Itself."""
+        return self.capturable
+
+    @property
     def family(self) -> str:
         """That it is the user's own."""
         return OWN

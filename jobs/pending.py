@@ -1,84 +1,123 @@
-"""The blocks of a build that are not stored yet, run one after the other while the one before is stored."""
+"""Handing out the blocks of a build that are not stored yet, until all of them are."""
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter, deque
 from dataclasses import replace
 
 from actcache.cache.store import Store
-from actcache.jobs.blocks import BlockRunner
+from actcache.jobs.engine import Engine, Event, Failed, Ticked
 from actcache.jobs.progress import Progress, Reporter
-from actcache.schemas.errors import NotFound
+from actcache.jobs.stages import Usage
+from actcache.jobs.worker import Done
+from actcache.schemas.errors import ActcacheError, StoreError
 from actcache.schemas.grid import Grid
-from actcache.schemas.receipt import Receipt, receipt_key, receipts_of
+from actcache.schemas.part import Part
+from actcache.schemas.receipt import receipt_key, receipts_of
 
 
 class PendingBlocks:
-    """Runs the blocks that have no receipt: one computes while the one before is stored, never more."""
+    """The blocks that have no receipt, of all or of one part."""
 
-    def __init__(self, store: Store, grid: Grid, runner: BlockRunner, reporter: Reporter) -> None:
-        self._store = store
+    def __init__(self, store: Store, grid: Grid, part: Part | None, reporter: Reporter) -> None:
         self._grid = grid
-        self._runner = runner
         self._reporter = reporter
         done = set(store.list(receipts_of(grid.records)))
-        self._pending = [block for block in range(grid.n_blocks) if receipt_key(block, grid.records) not in done]
-        before = grid.n_tokens - sum(self._length(block) for block in self._pending)
-        self._storing: Future[Receipt] | None = None
+        self.blocks = blocks = range(grid.n_blocks) if part is None else part.blocks(grid.n_blocks)
+        self._pending = deque(block for block in blocks if receipt_key(block, grid.records) not in done)
+        self._under_way: dict[int, int] = {}
+        self._attempts: Counter[int] = Counter()
+        self._stored = sum(map(self._length, blocks)) - sum(map(self._length, self._pending))
+        self._from_the_end = False
+        self._usage = Usage()
         self.count = 0
         self.state = Progress(
-            "blocks", before, grid.n_tokens, before, 0, grid.n_blocks - len(self._pending), grid.n_blocks
+            "blocks",
+            self._stored,
+            sum(map(self._length, blocks)),
+            self._stored,
+            0,
+            len(blocks) - len(self._pending),
+            len(blocks),
         )
 
-    def run(self) -> None:
-        """Run every pending block.
+    def __bool__(self) -> bool:
+        return bool(self._pending or self._under_way)
+
+    def run(self, engine: Engine) -> None:
+        """Have every pending block run.
 
         Two builds at once would run the same blocks side by side: whoever finds a block done by another goes on from
         the far end.
+
+        Raises:
+            ActcacheError: a block failed, and trying again is of no use or was of none.
         """
-        self._reporter.progress(self.state)
-        from_the_end = False
-        with ThreadPoolExecutor(1, thread_name_prefix="actcache-publish") as background:
-            while self._pending:
-                block = self._pending.pop(-1 if from_the_end else 0)
-                if self._done_by_another(block):
-                    from_the_end = True
-                    continue
-                computed = self._runner.compute(block, self._tick)
-                self._wait()
-                self._storing = background.submit(self._runner.publish, computed)
-            self._wait()
+        self._tell(engine)
+        while self:
+            while self._pending and len(self._under_way) < engine.window:
+                block = self._pending.pop() if self._from_the_end else self._pending.popleft()
+                self._under_way[block] = 0
+                engine.submit(block)
+            event = engine.next()
+            if event is not None:
+                self._take(event, engine)
+            self._tell(engine)
 
-    def _done_by_another(self, block: int) -> bool:
-        try:
-            self._store.size(receipt_key(block, self._grid.records))
-        except NotFound:
-            return False
-        self._reporter.note(f"block {block} was finished by another build at the same URL")
-        self._tick(self._length(block))
-        self.state = replace(self.state, blocks=self.state.blocks + 1)
-        return True
-
-    def _wait(self) -> None:
-        """Wait until the block before is stored."""
-        if self._storing is None:
+    def _take(self, event: Event, engine: Engine) -> None:
+        if isinstance(event, Ticked):
+            self._under_way[event.block] += event.tokens
             return
-        receipt = self._storing.result()
-        self._storing = None
-        self.count += 1
-        written = self.state.bytes_written + sum(entry.size for entry in receipt.objects)
-        self.state = replace(self.state, blocks=self.state.blocks + 1, bytes_written=written)
-        if receipt.mixed_attempts:
+        del self._under_way[event.block]
+        if isinstance(event, Done):
+            self._done(event)
+        else:
+            self._failed(event, engine)
+
+    def _done(self, done: Done) -> None:
+        self._stored += done.tokens
+        self._usage += done.usage
+        self.state = replace(
+            self.state, blocks=self.state.blocks + 1, bytes_written=self.state.bytes_written + done.bytes_written
+        )
+        if done.found:
+            self._from_the_end = True
+            self._reporter.note(f"block {done.block} was finished by another build at the same URL")
+        else:
+            self.count += 1
+        if done.mixed_attempts:
             self._reporter.note(
-                f"block {receipt.block}: {len(receipt.mixed_attempts)} objects of an earlier attempt differ in their last bits "
+                f"block {done.block}: {done.mixed_attempts} objects of an earlier attempt differ in their last bits "
                 "from this one's and were kept (mixed_attempts)"
             )
-        self._reporter.progress(self.state)
+        self._reporter.event(
+            "block",
+            block=done.block,
+            tokens=done.tokens,
+            bytes=done.bytes_written,
+            worker=done.worker,
+            found=done.found,
+            seconds=round(done.usage.seconds, 3),
+            busy={stage: round(share, 3) for stage, share in done.usage.shares.items()},
+        )
 
-    def _tick(self, tokens: int) -> None:
-        if self._storing is not None and self._storing.done():
-            self._storing.result()  # a store that failed ends the build now, not after this block
-        self.state = replace(self.state, tokens=self.state.tokens + tokens)
+    def _failed(self, failed: Failed, engine: Engine) -> None:
+        error = failed.error
+        hopeless = isinstance(error, ActcacheError) and not isinstance(error, StoreError)
+        self._attempts[failed.block] += 1
+        self.state = replace(self.state, failed=self.state.failed + 1)
+        again = not hopeless and self._attempts[failed.block] <= engine.retries
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+        self._reporter.event("failed", block=failed.block, error=told, again=again)
+        if not again:
+            raise error
+        self.state = replace(self.state, retried=self.state.retried + 1)
+        self._reporter.note(f"block {failed.block} failed and is tried again: {told[:300]}")
+        self._pending.append(failed.block)
+
+    def _tell(self, engine: Engine) -> None:
+        tokens = self._stored + sum(self._under_way.values())
+        self.state = replace(self.state, tokens=tokens, workers=engine.workers, usage=self._usage)
         self._reporter.progress(self.state)
 
     def _length(self, block: int) -> int:

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
-Stage = Literal["tokenise", "blocks", "replay", "seal"]
+from actcache.jobs.stages import Usage
+
+Step = Literal["tokenise", "blocks", "replay", "seal"]
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a stage is. `tokens_total` is None while the corpus is being counted; `tokens_resumed` were done before."""
+    """How far a build is. `tokens_total` is None while the corpus is being counted; `tokens_resumed` were done before.
 
-    stage: Stage
+    `failed` counts attempts at blocks, `retried` those of them that were made anew. `usage` is that of all workers together.
+    """
+
+    stage: Step
     tokens: int = 0
     tokens_total: int | None = None
     tokens_resumed: int = 0
     bytes_written: int = 0
     blocks: int = 0
     blocks_total: int | None = None
+    failed: int = 0
+    retried: int = 0
+    workers: int = 1
+    usage: Usage = field(default_factory=Usage)
 
 
 class Reporter(Protocol):
@@ -30,6 +39,9 @@ class Reporter(Protocol):
     def note(self, text: str) -> None:
         """Something that a user should know, on one line."""
 
+    def event(self, name: str, **facts: Any) -> None:
+        """Something that happened, for a log: plain data."""
+
 
 class Silent:
     """Shows nothing."""
@@ -38,4 +50,7 @@ class Silent:
         """Shows nothing."""
 
     def note(self, text: str) -> None:
+        """Shows nothing."""
+
+    def event(self, name: str, **facts: Any) -> None:
         """Shows nothing."""

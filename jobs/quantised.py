@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from actcache.cache.damage import Errors, block_damage, divergences, sample
+from actcache.cache.encoder import Placement, ShardEncoder
 from actcache.cache.head import Head
 from actcache.cache.quantise import dequantise, quantise
-from actcache.cache.shards import ShardEncoder
+from actcache.jobs.transfer import Taken
 from actcache.schemas.grid import Grid
 from actcache.schemas.quantised import BlockDamage, Kind, quantised_name, scale_name
 from actcache.schemas.sites import is_residual
@@ -39,31 +40,37 @@ class QuantisedEncoder:
         self._grid = grid
         self._sample = sample(start, stop)
         self._encoders = {layout.name: ShardEncoder(layout, pool) for layout in grid.quantised.values()}
-        self._waiting: deque[tuple[str, Kind, Future[Portion]]] = deque()
+        self._waiting: deque[tuple[str, Kind, Placement, Future[Portion]]] = deque()
         self._errors: dict[str, list[Errors]] = {}
         self._sampled: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
 
-    def append(self, site: str, first_token: int, values: np.ndarray) -> None:
-        """Add rows of a site as computed, (n, width), any floating-point dtype; the first is token `first_token`.
+    @property
+    def wants_computed(self) -> bool:
+        """Whether it takes the values as computed, also where they are stored narrower."""
+        return self._grid.plan.spec.quantize is not None
 
-        They must not change.
+    def append(self, site: str, tokens: np.ndarray, placement: Placement, taken: Taken) -> list[Future[Portion]]:
+        """Add rows of a site as computed, (n, width), any floating-point dtype; row i is that of token `tokens[i]`.
+
+        They must not change before the futures that are returned are done.
         """
         asked = self._grid.plan.spec.quantize
         if asked is None:
-            return
-        inside = (self._sample >= first_token) & (self._sample < first_token + len(values))
-        rows = self._sample[inside] - first_token if is_residual(site) else self._sample[:0]
-        for kind in asked.kinds:
-            self._waiting.append((site, kind, self._pool.submit(quantise_portion, values, kind, asked.group, rows)))
+            return []
+        sampled = np.flatnonzero(np.isin(tokens, self._sample)) if is_residual(site) else self._sample[:0]
+        portions = [self._pool.submit(quantise_portion, taken, kind, asked.group, sampled) for kind in asked.kinds]
+        for kind, portion in zip(asked.kinds, portions, strict=True):
+            self._waiting.append((site, kind, placement, portion))
+        return portions
 
     def drain(self, wait: bool = False) -> None:
         """Hand what is quantised to the encoders, in order: what is done by now, or everything."""
-        while self._waiting and (wait or self._waiting[0][2].done()):
-            site, kind, future = self._waiting.popleft()
+        while self._waiting and (wait or self._waiting[0][3].done()):
+            site, kind, placement, future = self._waiting.popleft()
             portion = future.result()
             name = quantised_name(site, kind)
-            self._encoders[name].append(portion.codes)
-            self._encoders[scale_name(site, kind)].append(portion.scales)
+            self._encoders[name].place(placement, portion.codes)
+            self._encoders[scale_name(site, kind)].place(placement, portion.scales)
             self._errors.setdefault(name, []).append(portion.errors)
             self._sampled.setdefault(name, []).append((portion.sampled, portion.back))
 
@@ -91,8 +98,9 @@ class QuantisedEncoder:
         return found
 
 
-def quantise_portion(values: np.ndarray, kind: Kind, group: int, sampled: np.ndarray) -> Portion:
+def quantise_portion(taken: Taken, kind: Kind, group: int, sampled: np.ndarray) -> Portion:
     """Quantise rows (n, width) on this thread; `sampled` are the rows whose predictions are to be compared."""
+    values = taken.values()
     step = max(1, VALUES_AT_ONCE // values.shape[1])
     codes, scales, errors = [], [], []
     for low in range(0, len(values), step):

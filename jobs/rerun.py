@@ -27,8 +27,8 @@ from actcache.jobs.proof import largest, relative_error
 from actcache.jobs.replay import Form, forms_of, limit_of, receipts_of_tokens, wide
 from actcache.jobs.replaying import Replayed, SiteReplay
 from actcache.jobs.resolve import Chosen
-from actcache.jobs.run import feed_of, loaded_parts
 from actcache.jobs.source import ModelSource, source_of
+from actcache.jobs.worker import feed_of, loaded_parts
 from actcache.schemas.capturable import Capturable
 from actcache.schemas.errors import Corrupt, InvalidInput, SpecMismatch
 from actcache.schemas.grid import Grid
@@ -142,7 +142,7 @@ class _Comparison:
             wanted = set(sequences) & set(touching(start, low, high))
             receipts = receipts_of_tokens(self._store, grid, low, high)
             for batch in self._feed.batches(low, high):
-                if mine := sorted(wanted & set(batch.sequences)):
+                if mine := sorted(wanted & set(batch.sequences.tolist())):
                     self._batch(batch, mine, low, high, receipts, found)
 
     def _batch(
@@ -156,7 +156,7 @@ class _Comparison:
     ) -> None:
         states = read_sites(self._parts, self._feed.inputs(batch), self._grid.plan.spec.sites)
         for sequence in sequences:
-            row = sequence - batch.sequences.start
+            row = int(np.flatnonzero(batch.sequences == sequence)[0])
             start = max(int(self._sequence_start[sequence]), low)
             stop = min(int(self._sequence_start[sequence + 1]), high)
             offset = start - int(self._sequence_start[sequence])

@@ -7,6 +7,7 @@ from glob import has_magic
 from pathlib import Path
 
 from actcache.jobs.anatomy import Studied, study
+from actcache.jobs.batching import limits_of_items, limits_of_tokens, rule_of
 from actcache.jobs.corpora.corpus import Corpus, open_corpus
 from actcache.jobs.corpora.files import printable
 from actcache.jobs.corpora.remote import without_query
@@ -14,23 +15,22 @@ from actcache.jobs.items import Items
 from actcache.jobs.sequences import cutting_of, selection_of
 from actcache.jobs.source import ModelSource, source_of
 from actcache.jobs.special_ids import special_ids
+from actcache.jobs.torch_half import torch_half
 from actcache.schemas.capturable import Capturable
 from actcache.schemas.dtypes import ACTIVATION_DTYPES, numpy_dtype
 from actcache.schemas.errors import InvalidInput
 from actcache.schemas.grid import Grid
 from actcache.schemas.outputs import top_k
-from actcache.schemas.plan import BatchRule, Labels, ModelShape, Plan
+from actcache.schemas.plan import Labels, ModelShape, Plan
 from actcache.schemas.quantised import Quantisation
 from actcache.schemas.sites import expand
-from actcache.schemas.spec import CAPTURE_VERSION, Execution, Layout, ResolvedSpec, Spec
+from actcache.schemas.spec import CAPTURE_VERSION, Execution, Layout, ModelIdentity, ResolvedSpec, Spec
 
 DEFAULT_CONTEXT = 1024
 SHARD_BYTES = 64 << 20
 CHUNK_BYTES = 512 << 10
 CONTEXTS_PER_BLOCK = 32
-TOKENS_PER_BATCH = 8192
 LABELS = 6
-ITEMS_PER_BATCH = 256
 ARRANGING = {
     *("pack", "long", "stride", "bos", "bos_id", "eos_id"),
     *("min_tokens", "max_document_tokens", "shuffle", "sample", "max_documents"),
@@ -79,8 +79,12 @@ class Resolved(Chosen):
             raise InvalidInput(f"{self.source.folder}: a file changed since the build began; run the command again")
 
 
-def resolve(spec: Spec, endpoint_url: str | None = None, profile: str | None = None) -> Resolved:
+def resolve(
+    spec: Spec, endpoint_url: str | None = None, profile: str | None = None, batch_tokens: int | None = None
+) -> Resolved:
     """Make the plan of a spec. `endpoint_url` and `profile` say how to reach a corpus on S3.
+
+    `batch_tokens` is what an earlier run has found, for a spec that leaves it to a trial.
 
     Raises:
         InvalidInput: a part of the spec cannot be used.
@@ -109,8 +113,13 @@ def resolve(spec: Spec, endpoint_url: str | None = None, profile: str | None = N
         context = items.positions
     sites = tuple(expand(spec.sites, anatomy.sites, anatomy.n_layers, anatomy.module_sites))
     stored_dtype = compute_dtype if spec.dtype == "auto" else spec.dtype
-    batch_size = spec.batch_size or max(1, TOKENS_PER_BATCH // context)
-    batch_size = batch_size if items is None or spec.batch_size else min(batch_size, ITEMS_PER_BATCH)
+    if items is None:
+        limits = limits_of_tokens(
+            spec, lambda: batch_tokens or find_batch_tokens(source, identity, studied, sites, compute_dtype, context)
+        )
+    else:
+        limits = limits_of_items(spec, context)
+    execution = Execution(compute_dtype=compute_dtype, attention=anatomy.attention, **limits)
     resolved = ResolvedSpec(
         capture=CAPTURE_VERSION,
         model=identity,
@@ -127,7 +136,7 @@ def resolve(spec: Spec, endpoint_url: str | None = None, profile: str | None = N
         quantize=quantisation(spec),
         head=spec.head and bool(anatomy.head),
         stored_dtype=stored_dtype,
-        execution=Execution(compute_dtype=compute_dtype, attention=anatomy.attention, batch_size=batch_size),
+        execution=execution,
         layout=layout_of(spec, shape, context, stored_dtype),
     )
     plan = Plan(
@@ -144,13 +153,28 @@ def resolve(spec: Spec, endpoint_url: str | None = None, profile: str | None = N
         ),
         model=shape,
         widths={site: width for site in sites if (width := anatomy.width(site)) != anatomy.d_model},
-        batches=BatchRule(size=batch_size),
+        batches=rule_of(execution),
         sources=corpus.sources,
     )
     check_layout(plan)
     if isinstance(corpus, Corpus):
         _check_tokenizer(plan, corpus, source)
     return Resolved(plan, source, studied, corpus)
+
+
+def find_batch_tokens(
+    source: ModelSource, identity: ModelIdentity, studied: Studied, sites: tuple[str, ...], dtype: str, context: int
+) -> int:
+    """How many tokens a batch may have on this machine, found by trial.
+
+    Raises:
+        InvalidInput: the model cannot be loaded, or not even one sequence fits.
+    """
+    model = studied.model
+    if model is None:
+        model, _ = torch_half("model").load_model(source.folder, identity.family, dtype, studied.anatomy.attention)
+    found: int = torch_half("trial").batch_tokens(model, studied.anatomy, sites, context)
+    return found
 
 
 def _compute_dtype(spec: Spec, source: ModelSource) -> str:

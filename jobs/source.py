@@ -26,6 +26,11 @@ class ModelSource(Protocol):
         ...
 
     @property
+    def reference(self) -> str | Capturable:
+        """What `source_of` finds it by, with its revision, in another process."""
+        ...
+
+    @property
     def family(self) -> str:
         """Its `model_type`."""
         ...

@@ -8,10 +8,10 @@ from concurrent.futures import Executor
 
 import numpy as np
 
+from actcache.cache.encoder import ShardEncoder
 from actcache.cache.lease import Lease
 from actcache.cache.opening import read_tokens
 from actcache.cache.publish import publish, publish_metadata, publish_shard
-from actcache.cache.shards import ShardEncoder
 from actcache.cache.store import Store
 from actcache.schemas.array import ArrayLayout
 from actcache.schemas.errors import SpecMismatch

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from actcache.schemas.record import Record
 from actcache.schemas.spec import ResolvedSpec
@@ -36,17 +36,36 @@ class ModelShape(Record):
 
 
 class BatchRule(Record):
-    """How the sequences that touch a block become batches: in order, `size` at a time, padded on the right.
+    """How the sequences that touch a block become batches. So a batch depends on the block alone.
 
-    A batch is padded to its own longest sequence with `pad_token_id`; `attention_mask` is 1 on tokens and 0 on pads
-    and is always given. So a batch depends on the block alone.
+    `order` "length": longest first, equal ones as they come; a batch takes sequences until one more would make it, padded,
+    more than `tokens` tokens. `order` "sequence": as they come, `size` at a time.
+
+    A batch is padded on the right to its own longest sequence with `pad_token_id`; `attention_mask` is 1 on tokens and 0 on
+    pads and is always given.
     """
 
-    order: Literal["sequence"] = "sequence"
-    size: int
+    order: Literal["sequence", "length"] = "sequence"
+    size: int | None = None
+    tokens: int | None = None
     padding: Literal["right"] = "right"
     pad_token_id: int = 0
     attention_mask: Literal["always"] = "always"
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        limit = self.tokens if self.order == "length" else self.size
+        if limit is None or limit < 1:
+            raise ValueError(
+                f"batches in order of {self.order} need {'tokens' if self.order == 'length' else 'a size'}"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the limit that the order does not use."""
+        document: dict[str, Any] = serialise(self)
+        return {name: value for name, value in document.items() if value is not None}
 
 
 class Source(Record):

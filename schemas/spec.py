@@ -75,7 +75,9 @@ class Spec(BaseModel):
         only_quantized: leave the exact arrays of the sites out.
         head: whether to store final norm and unembedding, so that a lens needs no model.
         max_tokens: stop after this many tokens of the corpus.
-        batch_size: sequences a forward pass.
+        batch_tokens: tokens a forward pass, pads included, of sequences of like length; `auto` finds by trial what the device's
+            memory allows. Default 8192.
+        batch_size: so many sequences a forward pass instead, in their order, whatever their lengths.
         block_tokens: tokens a block: the unit of work and of commit, and the rows of a shard.
         chunk_tokens: rows of a chunk, the smallest piece that is read.
         model_license, corpus_license: recorded in the provenance; a model card's licence is found by itself.
@@ -116,6 +118,7 @@ class Spec(BaseModel):
     only_quantized: bool = False
     head: bool = True
     max_tokens: int | None = Positive
+    batch_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
     batch_size: int | None = Positive
     block_tokens: int | None = Positive
     chunk_tokens: int | None = Positive
@@ -212,11 +215,17 @@ class Layout(Record):
 
 
 class Execution(Record):
-    """What else fixes the bits of a forward pass."""
+    """What else fixes the bits of a forward pass: `batch_tokens` a batch of sequences of like length, or `batch_size` sequences."""
 
     compute_dtype: DType
     attention: str
-    batch_size: int
+    batch_size: int | None = None
+    batch_tokens: int | None = None
+
+    @model_serializer(mode="wrap")
+    def _one_limit(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        document: dict[str, Any] = serialise(self)
+        return {name: value for name, value in document.items() if value is not None}
 
 
 _IF_ASKED = ("quantize", "modules")

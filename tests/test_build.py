@@ -24,12 +24,16 @@ class Listener:
     def __init__(self) -> None:
         self.states: list = []
         self.notes: list[str] = []
+        self.events: list[tuple[str, dict]] = []
 
     def progress(self, state) -> None:
         self.states.append(state)
 
     def note(self, text: str) -> None:
         self.notes.append(text)
+
+    def event(self, name: str, **facts) -> None:
+        self.events.append((name, facts))
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +91,8 @@ def test_shards_of_other_values_are_kept_and_reported(small: ac.Spec, tmp_path: 
     """Hardware that rounds differently wrote a shard before: never overwritten, never mixed silently."""
     from concurrent.futures import ThreadPoolExecutor
 
-    from actcache.cache.shards import decode_shard, encode_shard
+    from actcache.cache.encoder import encode_shard
+    from actcache.cache.shards import decode_shard
 
     ac.build(small, tmp_path / "ds")
     ds = ac.open(tmp_path / "ds")
@@ -148,7 +153,7 @@ def test_a_wrong_shard_is_noticed_by_the_replay(small: ac.Spec, tmp_path: Path):
     layout = ds._root.layouts[site]
     from concurrent.futures import ThreadPoolExecutor
 
-    from actcache.cache.shards import encode_shard
+    from actcache.cache.encoder import encode_shard
 
     (tmp_path / "ds/zarr.json").unlink()
     for block in range(layout.n_shards):

@@ -272,7 +272,7 @@ def test_a_damaged_shard_of_an_unfinished_added_build_is_never_sealed(ds: Path, 
 
 
 def test_a_wrong_shard_of_an_added_build_is_noticed_by_its_replay(ds: Path, first: Path, more: Spec) -> None:
-    from actcache.cache.shards import encode_shard
+    from actcache.cache.encoder import encode_shard
     from actcache.schemas.array import ArrayLayout
 
     stop(ds, more, ATTENTION, SECOND)

@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM
 
 import actcache as ac
 from actcache.cache.damage import Errors, block_damage, merged, sample
+from actcache.cache.encoder import encode_shard
 from actcache.cache.quantise import SMALLEST_SCALE, _e4m3, dequantise, quantise
-from actcache.cache.shards import encode_shard
 from actcache.clients.cli import main
 from actcache.schemas.errors import Corrupt
 from actcache.schemas.quantised import KINDS, error_bound, groups, parse_kinds

@@ -13,7 +13,8 @@ from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
 import actcache as ac
-from actcache.cache.shards import decode_shard, encode_shard
+from actcache.cache.encoder import encode_shard
+from actcache.cache.shards import decode_shard
 from actcache.clients.cli import main
 from actcache.schemas.array import ArrayLayout
 from tests.models import save_gpt2

@@ -14,9 +14,10 @@ import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 
+from actcache.cache.encoder import ShardEncoder, encode_shard
 from actcache.cache.publish import publish_array
 from actcache.cache.reader import ArrayReader
-from actcache.cache.shards import ShardEncoder, decode_shard, encode_shard
+from actcache.cache.shards import decode_shard
 from actcache.cache.store import open_store
 from actcache.schemas.array import ArrayLayout
 from actcache.schemas.errors import Corrupt

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from glob import has_magic
-from pathlib import Path
 from typing import Any
 
 import click
@@ -12,124 +10,34 @@ import click
 from actcache.cache.added import seal_finished
 from actcache.cache.seal import seal
 from actcache.cache.store import open_store
+from actcache.clients.cli.build_log import BuildLog
 from actcache.clients.cli.common import print_json, writing_options
-from actcache.clients.cli.corpus_options import corpus_options, sequence_options
 from actcache.clients.cli.progress import reporter
-from actcache.jobs.build import STAGES, BuildResult, build
-from actcache.schemas.dtypes import ACTIVATION_DTYPES
-from actcache.schemas.spec import Spec
-
-
-class ManyCorpora(click.Command):
-    """A command whose `--corpus` takes every word up to the next option, as a shell's glob leaves them.
-
-    The last of them is the URL where no other word is one: `build --model M --corpus *.txt ./out.zarr`.
-    """
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Rewrite `--corpus a b` as `--corpus a --corpus b`."""
-        corpora: list[str] = []
-        others: list[str] = []
-        words: list[str] = []
-        flags = {
-            name
-            for p in self.params
-            if isinstance(p, click.Option) and p.is_flag
-            for name in (*p.opts, *p.secondary_opts)
-        }
-        index = 0
-        while index < len(args):
-            word = args[index]
-            index += 1
-            if word == "--":
-                words += args[index:]
-                break
-            if word == "--corpus":
-                taken: list[str] = []
-                while index < len(args) and not args[index].startswith("-"):
-                    taken.append(args[index])
-                    index += 1
-                if not taken:
-                    raise click.UsageError("--corpus needs at least one file or glob", ctx)
-                corpora += taken
-            elif word.startswith("--corpus="):
-                corpora.append(word.removeprefix("--corpus="))
-            elif word.startswith("-") and word not in flags and "=" not in word and word not in ("-h", "--help"):
-                others += args[index - 1 : index + 1]
-                index += 1
-            elif word.startswith("-"):
-                others.append(word)
-            else:
-                words.append(word)
-        spec_alone = len(words) == 1 and words[0].endswith(".toml")
-        if len(corpora) > 1 and (not words or spec_alone):
-            words.append(corpora.pop())
-            if has_magic(words[-1]) or Path(words[-1]).is_file():
-                raise click.UsageError(
-                    f"no URL: {words[-1]!r} is a part of the corpus; say where the dataset goes", ctx
-                )
-        return super().parse_args(
-            ctx, [*others, *(part for item in corpora for part in ("--corpus", item)), "--", *words]
-        )
+from actcache.clients.cli.spec_options import CLUSTER, ManyCorpora, cluster_options, spec_and_url, spec_options
+from actcache.jobs.build import BuildResult, build
+from actcache.jobs.options import STAGES
 
 
 @click.command("build", cls=ManyCorpora)
 @click.argument("target", nargs=-1, required=True, metavar="[SPEC.toml] URL")
-@click.option("--model", metavar="M", help="A hub id, or a folder that save_pretrained wrote.")
-@click.option("--revision", metavar="R", help="Branch, tag or commit of a hub model.")
-@corpus_options
-@sequence_options
-@click.option(
-    "--sites", metavar="PATTERN", help="What to store: 'resid', 'all', or globs of site names.  [default: resid]"
-)
+@spec_options
 @click.option(
     "--add-sites", metavar="PATTERN", help="Add these sites to the sealed dataset at URL; needs --model, no --corpus."
 )
-@click.option(
-    "--dtype", type=click.Choice(["auto", *ACTIVATION_DTYPES]), help="Stored dtype.  [default: auto, as computed]"
-)
-@click.option(
-    "--compute-dtype",
-    type=click.Choice(ACTIVATION_DTYPES),
-    help="Dtype of the forward pass.  [default: the checkpoint's]",
-)
-@click.option("--attention", metavar="A", help="sdpa, eager, flash_attention_2.  [default: sdpa where there is one]")
-@click.option(
-    "--with",
-    "outputs",
-    multiple=True,
-    metavar="OUTPUT,…",
-    help="Also store per token: loss, entropy (nats), topk=K (the K largest logits).",
-)
-@click.option(
-    "--quantize", multiple=True, metavar="KIND,…", help="Also store the sites quantised, with loss: int8, fp8."
-)
-@click.option(
-    "--only-quantized",
-    flag_value=True,
-    default=None,
-    help="Leave out the exact arrays of the sites; with --quantize.",
-)
-@click.option("--no-head", "head", flag_value=False, default=None, help="Do not store final norm and unembedding.")
-@click.option("--batch-size", type=int, metavar="B", help="Sequences a forward pass.  [default: about 8192 tokens]")
-@click.option("--block-tokens", type=int, metavar="T", help="Tokens a block and shard.  [default: about 64 MiB]")
-@click.option(
-    "--chunk-tokens", type=int, metavar="t", help="Tokens a chunk, the least that is read.  [default: 512 KiB]"
-)
-@click.option("--model-license", metavar="ID", help="Licence to record.  [default: from the model's card]")
-@click.option("--corpus-license", metavar="ID", help="Licence of the corpus, to record.")
 @click.option("--stage", type=click.Choice(STAGES), default="all", help="Stop after a stage.", show_default=True)
+@cluster_options
+@click.option("--part", metavar="I/N", help="Run the I-th of N parts of the blocks and seal nothing.")
+@click.option("--log", metavar="FILE", help="Where to log, a JSON object a line.  [default: in the state folder]")
 @writing_options
 def build_command(
     target: tuple[str, ...],
     add_sites: str | None,
     stage: str,
+    part: str | None,
+    log: str | None,
     endpoint_url: str | None,
     profile: str | None,
     as_json: bool,
-    corpus: tuple[str, ...],
-    outputs: tuple[str, ...],
-    quantize: tuple[str, ...],
     **options: Any,
 ) -> None:
     """Run a model over a corpus and store what its sites hold in a sealed dataset at URL.
@@ -138,43 +46,37 @@ def build_command(
 
     \b
     actcache build s3://lab/gpt2-owt --model openai-community/gpt2 --corpus 'owt/*.jsonl.zst' --dtype bfloat16
-    actcache build spec.toml ./gpt2-owt.zarr
+    actcache build spec.toml ./gpt2-owt.zarr --workers 4
+    actcache build spec.toml s3://lab/gpt2-owt --part 3/8
     actcache build ./gpt2-owt.zarr --model openai-community/gpt2 --add-sites 'blocks.*.hook_attn_out'
     """
-    if len(target) > 2 or (len(target) == 2 and not target[0].endswith(".toml")):
-        raise click.UsageError(f"one URL, with a SPEC.toml before it or not; got: {' '.join(target)}")
-    if len(target) == 1 and target[0].endswith(".toml"):
-        raise click.UsageError(f"a URL after {target[0]}")
-    fields: dict[str, Any] = Spec.from_toml(target[0]) if len(target) == 2 else {}
-    given = {name: value for name, value in options.items() if value is not None}
-    given |= {"corpus": corpus} if corpus else {}
-    given |= {"outputs": outputs} if outputs else {}
-    given |= {"quantize": quantize} if quantize else {}
-    if add_sites is not None and "sites" in given:
-        raise click.UsageError("--sites is for a dataset's first build; give --add-sites alone to add to a sealed one")
-    for name in ("model", "corpus") if add_sites is None else ("model",):
-        if name not in fields | given:
-            raise click.UsageError(f"no {name}: give --{name}, or a SPEC.toml that has it")
-    spec = Spec(**(fields | given))
-    with reporter() as show:
+    cluster = {name: options.pop(name) for name in CLUSTER}
+    spec, url = spec_and_url(target, options, add_sites is not None)
+    with reporter(BuildLog(url, log)) as show:
         result = build(
             spec,
-            target[-1],
+            url,
             add_sites=add_sites,
             endpoint_url=endpoint_url,
             profile=profile,
             stage=stage,
+            part=part,
             reporter=show,
+            **cluster,
         )
     if as_json:
         print_json(result)
     else:
-        click.echo(_said(result))
+        click.echo(_said(result, part))
 
 
-def _said(result: BuildResult) -> str:
+def _said(result: BuildResult, part: str | None) -> str:
     if result.state == "tokenised":
         return f"{result.url}: tokens stored; run the same command without --stage to go on"
+    if result.blocks is not None:
+        first, end = result.blocks
+        what = f"blocks {first:,} to {end - 1:,} are stored" if end > first else "there are no blocks in it"
+        return f"{result.url}: part {part}: {what}; run 'actcache seal' once every part is"
     size = f"{result.n_tokens:,} tokens × {len(result.sites)} sites"
     size += f", {len(result.added)} of them added" if result.added else ""
     told = {

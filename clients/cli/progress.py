@@ -5,36 +5,51 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
 
+from actcache.clients.cli.build_log import BuildLog, Logged
 from actcache.jobs.progress import Progress, Reporter
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
+    from rich.text import Text
 
 SECONDS_BETWEEN_LINES = 10.0
 _STAGES = {"tokenise": "tokenising", "blocks": "capturing", "replay": "replaying", "seal": "sealing"}
 
 
 @contextmanager
-def reporter() -> Iterator[Reporter]:
-    """A reporter that suits standard error."""
-    if not sys.stderr.isatty():
-        yield Lines()
-        return
-    from rich.console import Console
+def reporter(log: BuildLog) -> Iterator[Reporter]:
+    """A reporter that suits standard error, and writes the log."""
+    with ExitStack() as stack:
+        stack.callback(log.close)
+        logged = Logged(stack.enter_context(_on_terminal()) if sys.stderr.isatty() else Lines(), log)
+        try:
+            yield logged
+        except BaseException as error:
+            log.write("ended", error=" ".join(f"{type(error).__name__}: {error}".split()))
+            raise
+
+
+@contextmanager
+def _on_terminal() -> Iterator[OnTerminal]:
+    from rich.console import Console, Group
+    from rich.live import Live
     from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
+    from rich.text import Text
 
     columns = (
         TextColumn("{task.description:<10}"),
-        BarColumn(),
-        TextColumn("{task.fields[facts]}"),
+        BarColumn(bar_width=20),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[facts]}"),
     )
-    with Bar(*columns, console=Console(stderr=True), refresh_per_second=4) as bar:
-        yield OnTerminal(bar)
+    console = Console(stderr=True)
+    bar, below = Bar(*columns, console=console), Text()
+    with Live(Group(bar, below), console=console, refresh_per_second=4):
+        yield OnTerminal(bar, below)
 
 
 class Speed:
@@ -65,11 +80,23 @@ def facts(state: Progress, speed: float) -> str:
     )
 
 
+def usage(state: Progress) -> str:
+    """How busy each stage of the workers is, and which is the limit. Empty before a block is stored."""
+    used, limit = state.usage, state.usage.limit
+    if state.stage != "blocks" or limit is None:
+        return ""
+    shares = "  ".join(f"{stage} {share:.0%}" for stage, share in used.shares.items())
+    workers = f"{state.workers} workers  " if state.workers != 1 else ""
+    failed = f"{state.failed} failed, {state.retried} tried again  " if state.failed else ""
+    return f"{workers}{failed}busy: {shares}  limit: {limit}"
+
+
 class OnTerminal:
     """A bar."""
 
-    def __init__(self, bar: Bar) -> None:
+    def __init__(self, bar: Bar, below: Text) -> None:
         self._bar = bar
+        self._below = below
         self._task = bar.add_task("starting", total=None, facts="")
         self._speed = Speed()
         self._stage: str | None = None
@@ -87,10 +114,14 @@ class OnTerminal:
             completed=state.tokens if state.tokens_total else 0,
             facts=facts(state, speed),
         )
+        self._below.plain = usage(state)
 
     def note(self, text: str) -> None:
         """A line above the bar."""
         self._bar.console.print(f"note: {text}", markup=False, highlight=False)
+
+    def event(self, name: str, **facts: Any) -> None:
+        """Shows nothing: events are for logs."""
 
 
 class Lines:
@@ -113,7 +144,12 @@ class Lines:
             left = f"  {((state.tokens_total or 0) - state.tokens) / speed:,.0f} s left"
         self._stage, self._last = state.stage, now
         print(f"{_STAGES[state.stage]}: {facts(state, speed)}{left}", file=sys.stderr, flush=True)
+        if told := usage(state):
+            print(f"  {told}", file=sys.stderr, flush=True)
 
     def note(self, text: str) -> None:
         """A line."""
         print(f"note: {text}", file=sys.stderr, flush=True)
+
+    def event(self, name: str, **facts: Any) -> None:
+        """Shows nothing: events are for logs."""

@@ -1,0 +1,113 @@
+"""The log of a build: a JSON object a line, with the time, of all that happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from threading import Lock
+from typing import IO, Any
+
+from actcache.jobs.progress import Progress, Reporter
+from actcache.schemas.errors import InvalidInput
+
+SECONDS_BETWEEN_STATES = 10.0
+
+
+class BuildLog:
+    """The file of a log, begun with its first line: who finds nothing to do leaves none.
+
+    It is where the user says, or in `$XDG_STATE_HOME/actcache` (`~/.local/state/actcache`); there it is left out where it
+    cannot be written.
+    """
+
+    def __init__(self, url: str, asked: str | None) -> None:
+        self.path = _default(url) if asked is None else Path(asked).expanduser()
+        self._must = asked is not None
+        self._file: IO[str] | None = None
+        self._lock = Lock()
+        if self._must:
+            self._open()
+
+    def write(self, name: str, **facts: Any) -> bool:
+        """Write a line. True if it is the first one."""
+        line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": name, **facts}
+        with self._lock:
+            first = self._file is None and (self._must or self._may_open())
+            if self._file is not None:
+                self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        return first
+
+    def close(self) -> None:
+        """End the file."""
+        if self._file is not None:
+            self._file.close()
+
+    def _may_open(self) -> bool:
+        try:
+            self._open()
+        except InvalidInput:
+            return False
+        return True
+
+    def _open(self) -> None:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a", encoding="utf-8", buffering=1)
+        except OSError as error:
+            raise InvalidInput(f"--log {self.path}: cannot be written: {error.strerror}") from None
+
+
+def _default(url: str) -> Path:
+    base = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "actcache"
+    name = "".join(c if c.isalnum() or c in ".-_" else "-" for c in url.rstrip("/").rsplit("/", 1)[-1])[:80]
+    return base / f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{name}-{os.getpid()}.jsonl"
+
+
+class Logged:
+    """A reporter that also writes all it hears to a log."""
+
+    def __init__(self, inner: Reporter, log: BuildLog) -> None:
+        self._inner = inner
+        self._log = log
+        self._stage: str | None = None
+        self._last = 0.0
+
+    def progress(self, state: Progress) -> None:
+        """Pass on; log it now and then."""
+        self._inner.progress(state)
+        now = time.monotonic()
+        if state.stage == self._stage and now - self._last < SECONDS_BETWEEN_STATES:
+            return
+        self._stage, self._last = state.stage, now
+        self.write(
+            "progress",
+            stage=state.stage,
+            tokens=state.tokens,
+            tokens_total=state.tokens_total,
+            bytes=state.bytes_written,
+            blocks=state.blocks,
+            blocks_total=state.blocks_total,
+            failed=state.failed,
+            retried=state.retried,
+            workers=state.workers,
+            busy={stage: round(share, 3) for stage, share in state.usage.shares.items()},
+            limit=state.usage.limit,
+        )
+
+    def note(self, text: str) -> None:
+        """Pass on and log."""
+        self._inner.note(text)
+        self.write("note", text=text)
+
+    def event(self, name: str, **facts: Any) -> None:
+        """Pass on and log."""
+        self._inner.event(name, **facts)
+        self.write(name, **facts)
+
+    def write(self, name: str, **facts: Any) -> None:
+        """Write a line; tell where, once."""
+        if self._log.write(name, **facts):
+            self._inner.note(f"log: {self._log.path}")

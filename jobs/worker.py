@@ -1,0 +1,256 @@
+"""What runs the blocks of a build in one process: the model, loaded once, and the pipeline from its tokens to the store.
+
+Two blocks are under way at a time: one has the model, while the other's activations are encoded and put into the store.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from threading import BoundedSemaphore, Event, Lock
+
+import numpy as np
+
+from actcache.cache.location import Location
+from actcache.cache.publish import publish, publish_array, publish_document
+from actcache.cache.reader import ArrayReader
+from actcache.cache.seal import environments_of, head_layout
+from actcache.cache.store import Store, open_store
+from actcache.jobs.anatomy import Studied
+from actcache.jobs.batches import TokenBatch
+from actcache.jobs.blocks import BlockRunner
+from actcache.jobs.determinism import deterministic
+from actcache.jobs.environment import environment
+from actcache.jobs.feeds import Feed, ItemFeed, TokenFeed
+from actcache.jobs.head import head_parts
+from actcache.jobs.memory_plan import BLOCKS_AT_ONCE, staging_bytes
+from actcache.jobs.model import load_model
+from actcache.jobs.parts import ModelParts
+from actcache.jobs.proof import prove, prove_sites
+from actcache.jobs.replay import replay
+from actcache.jobs.resolve import Chosen
+from actcache.jobs.source import source_of
+from actcache.jobs.stages import Meter, Usage
+from actcache.jobs.staging import Staging
+from actcache.schemas.anatomy import Anatomy
+from actcache.schemas.array import head_group
+from actcache.schemas.canonical import canonical, sha256
+from actcache.schemas.capturable import Capturable
+from actcache.schemas.errors import NotFound
+from actcache.schemas.grid import Grid
+from actcache.schemas.plan import StoredObject
+from actcache.schemas.receipt import HEAD_RECEIPT, HeadArray, HeadReceipt, receipt_key
+from actcache.schemas.root import ReplayResult
+from actcache.schemas.sites import MODULE
+
+PROVED_ALONE = 3
+
+
+class Stopped(Exception):
+    """The build is to end now; the block is not stored."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a process needs to run blocks of a build. It holds no secret: each process finds its own credentials."""
+
+    location: Location
+    grid: Grid
+    model: str | Capturable
+    revision: str | None
+    anatomy: Anatomy
+
+
+@dataclass(frozen=True)
+class Done:
+    """A block is stored. `found` says that it was before; `usage` is the worker's since it last told."""
+
+    block: int
+    tokens: int
+    worker: str
+    usage: Usage
+    bytes_written: int = 0
+    mixed_attempts: int = 0
+    found: bool = False
+
+
+class Worker:
+    """Runs blocks, from any number of threads. `threads` is how many encode, by default one a core."""
+
+    def __init__(self, store: Store, grid: Grid, chosen: Chosen, threads: int | None = None) -> None:
+        self._store = store
+        self._grid = grid
+        self._chosen = chosen
+        self._threads = threads or available_cores()
+        self._name = f"{platform.node()}-{os.getpid()}"
+        self._slots = BoundedSemaphore(BLOCKS_AT_ONCE)
+        self._opening = Lock()
+        self._stopping = Event()
+        self._inside: _Inside | None = None
+        self._closing = ExitStack()
+
+    @classmethod
+    def of(cls, job: Job, threads: int | None = None) -> Worker:
+        """A worker of a job that came from another process.
+
+        Raises:
+            InvalidInput, StoreError: the model is not found here, or the store is not reached.
+        """
+        source = source_of(job.model, job.revision)
+        model = job.model.module if isinstance(job.model, Capturable) else None
+        chosen = Chosen(job.grid.plan, source, Studied(job.anatomy, model))
+        return cls(open_store(job.location), job.grid, chosen, threads)
+
+    def perform(self, block: int, tick: Callable[[int], None] = lambda _: None) -> Done:
+        """Run and store a block, or find it stored. `tick` is called with the tokens of each batch that was run.
+
+        Raises:
+            ActcacheError: see `BlockRunner`, `load_model` and `prove`.
+            Stopped: `stop` was called meanwhile.
+        """
+        start, stop = self._grid.block_range(block)
+
+        def ticked(tokens: int) -> None:
+            if self._stopping.is_set():
+                raise Stopped
+            tick(tokens)
+
+        with self._slots:
+            if self._is_stored(block):
+                return Done(block, stop - start, self._name, Usage(), found=True)
+            inside = self._open()
+            with inside.meter.busy("read"):
+                batches = inside.feed.batches(start, stop)
+            ticked(0)
+            computed = inside.model_thread.submit(inside.runner.compute, block, batches, ticked).result()
+            receipt = inside.runner.publish(computed)
+            return Done(
+                block,
+                stop - start,
+                self._name,
+                inside.meter.drain(),
+                sum(entry.size for entry in receipt.objects),
+                len(receipt.mixed_attempts),
+            )
+
+    def prepare(self) -> None:
+        """Load the model, prove the tensors, and store the head and what is known of this environment."""
+        self._open()
+
+    def replay(self) -> ReplayResult:
+        """Run a few stored sequences once more.
+
+        Raises:
+            ProofFailed: what is stored differs.
+        """
+        inside = self._open()
+        starts = ArrayReader(self._store, self._grid.token_arrays()["sequence_start"]).read()
+        arguments = (self._store, self._grid, inside.parts, inside.feed, starts)
+        return inside.model_thread.submit(replay, *arguments).result()
+
+    def stop(self) -> None:
+        """Have every block end with `Stopped` at its next batch."""
+        self._stopping.set()
+
+    def close(self) -> None:
+        """End the threads and let go of the model. Nothing may be under way."""
+        with self._opening:
+            self._inside = None
+            self._closing.close()
+
+    def _is_stored(self, block: int) -> bool:
+        try:
+            self._store.size(receipt_key(block, self._grid.records))
+        except NotFound:
+            return False
+        return True
+
+    def _open(self) -> _Inside:
+        with self._opening:
+            if self._inside is None:
+                self._closing.enter_context(deterministic())
+                model_thread = self._closing.enter_context(ThreadPoolExecutor(1, "actcache-model"))
+                pool = self._closing.enter_context(ThreadPoolExecutor(self._threads, "actcache-encode"))
+                self._inside = model_thread.submit(self._make, model_thread, pool).result()
+            return self._inside
+
+    def _make(self, model_thread: ThreadPoolExecutor, pool: ThreadPoolExecutor) -> _Inside:
+        store, grid = self._store, self._grid
+        parts = loaded_parts(self._chosen)
+        starts = ArrayReader(store, grid.token_arrays()["sequence_start"]).read()
+        feed = feed_of(store, grid, self._chosen, starts, parts)
+        record = canonical(environment(parts, grid.plan.spec, _proof(grid, parts, feed)))
+        publish(store, f"{environments_of(grid.records)}{sha256(record)}.json", record)
+        _store_head(store, grid, parts, pool)
+        meter = Meter(encode=self._threads)
+        runner = BlockRunner(store, grid, parts, feed, pool, Staging(staging_bytes(grid)), meter)
+        return _Inside(parts, feed, runner, meter, model_thread)
+
+
+@dataclass(frozen=True)
+class _Inside:
+    """What a worker has once its model is loaded."""
+
+    parts: ModelParts
+    feed: Feed
+    runner: BlockRunner
+    meter: Meter
+    model_thread: ThreadPoolExecutor
+
+
+def available_cores() -> int:
+    """Processor cores that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on Linux
+        return os.cpu_count() or 1
+
+
+def loaded_parts(chosen: Chosen) -> ModelParts:
+    """The model of a plan, loaded.
+
+    Raises:
+        InvalidInput: it cannot be loaded, or its files are no longer those of the plan.
+    """
+    spec, model = chosen.plan.spec, chosen.studied.model
+    if model is None:
+        execution = spec.execution
+        model, _ = load_model(chosen.source.folder, spec.model.family, execution.compute_dtype, execution.attention)
+    chosen.check_model()
+    return ModelParts(model, chosen.studied.anatomy)
+
+
+def feed_of(store: Store, grid: Grid, chosen: Chosen, sequence_start: np.ndarray, parts: ModelParts) -> Feed:
+    """Where the inputs of a plan come from: the stored tokens, or the items of a user's own module."""
+    items = chosen.source.items()
+    if items is not None:
+        return ItemFeed(items, grid, parts.device)
+    return TokenFeed(store, grid, sequence_start, parts.device)
+
+
+def _store_head(store: Store, grid: Grid, parts: ModelParts, pool: ThreadPoolExecutor) -> None:
+    if not grid.plan.spec.head or grid.number or store.get_or_none(HEAD_RECEIPT) is not None:
+        return
+    head = head_parts(parts)
+    stored: list[StoredObject] = [publish_document(store, "head/zarr.json", head_group(head.operations))]
+    arrays = {}
+    for name, array in head.arrays.items():
+        layout = head_layout(name, array.shape, array.dtype.name)
+        stored += publish_array(store, layout, array, pool)
+        arrays[name] = HeadArray(shape=array.shape, dtype=layout.dtype)
+    receipt = HeadReceipt(arrays=arrays, operations=head.operations, objects=tuple(stored))
+    publish(store, HEAD_RECEIPT, receipt.to_bytes())
+
+
+def _proof(grid: Grid, parts: ModelParts, feed: Feed) -> dict[str, float]:
+    """The errors of the identities that the first batch must satisfy."""
+    first, dtype = feed.batches(*grid.block_range(0))[0], grid.plan.spec.execution.compute_dtype
+    if isinstance(first, TokenBatch) and parts.anatomy.head:
+        modules = [site for site in grid.plan.spec.sites if site.startswith(MODULE)]
+        return prove(parts, first.input_ids, first.attention_mask, dtype, modules)
+    alone = [feed.alone(sequence) for sequence in first.sequences[:PROVED_ALONE].tolist()]
+    return prove_sites(parts, grid.plan.spec.sites, feed.inputs(first), alone, dtype)
