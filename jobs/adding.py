@@ -164,7 +164,7 @@ def _plan(store: Store, spec: Spec, source: ModelSource, anatomy: Anatomy, same:
         ),
         model=first.model,
         widths={site: width for site in same.sites if (width := anatomy.width(site)) != first.model.d_model},
-        batches=rule_of(resolved.execution),
+        batches=rule_of(resolved.execution, first.model.max_context),
         sources=first.sources,
     )
     check_layout(plan)

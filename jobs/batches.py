@@ -53,7 +53,7 @@ def batches(rule: BatchRule, sequence_start: np.ndarray, start: int, stop: int) 
     lengths = np.diff(sequence_start[wanted.start : wanted.stop + 1])
     for group in grouped(rule, lengths):
         starts = sequence_start[wanted.start + group]
-        position = np.arange(int(lengths[group].max()))
+        position = np.arange(_padded(rule, lengths[group]))
         token = starts[:, None] + position
         keep = (position < lengths[group][:, None]) & (token >= start) & (token < stop)
         yield Batch(wanted.start + group, starts, lengths[group], torch.from_numpy(keep), token[keep])
@@ -73,9 +73,14 @@ def grouped(rule: BatchRule, lengths: np.ndarray) -> Iterator[np.ndarray]:
         first += count
 
 
+def _padded(rule: BatchRule, lengths: np.ndarray) -> int:
+    """To how many positions the sequences of a batch are padded."""
+    return max(int(lengths.max()), -(-(rule.least_positions or 1) // len(lengths)))
+
+
 def padded_fraction(rule: BatchRule, lengths: np.ndarray) -> float:
     """Pads run for each position run, of sequences of these lengths as one block."""
-    run = sum(len(group) * int(lengths[group].max()) for group in grouped(rule, lengths))
+    run = sum(len(group) * _padded(rule, lengths[group]) for group in grouped(rule, lengths))
     return 1 - int(lengths.sum()) / run if run else 0.0
 
 

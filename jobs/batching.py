@@ -12,6 +12,8 @@ from actcache.schemas.spec import Execution, Spec
 TOKENS_PER_BATCH = 8192
 ITEMS_PER_BATCH = 256
 AUTO = "auto"
+LEAST_POSITIONS = 32
+"""With fewer rows, matrix products on a processor are split so that their last bits depend on the number of threads."""
 
 Found = Callable[[], int]
 """Finds by trial how many tokens a batch may have."""
@@ -55,8 +57,9 @@ def with_limits(execution: Execution, limits: dict[str, int]) -> Execution:
     return execution.model_copy(update=update)
 
 
-def rule_of(execution: Execution) -> BatchRule:
+def rule_of(execution: Execution, max_context: int | None) -> BatchRule:
     """How an execution's sequences become batches."""
     if execution.batch_tokens is not None:
-        return BatchRule(order="length", tokens=execution.batch_tokens)
+        least = min(LEAST_POSITIONS, max_context or LEAST_POSITIONS)
+        return BatchRule(order="length", tokens=execution.batch_tokens, least_positions=least)
     return BatchRule(size=execution.batch_size)

@@ -248,6 +248,7 @@ def _local_cluster(workers: int, threads: int, gpus: int | None) -> Iterator[dis
                 "host": "127.0.0.1",
                 "dashboard": False,
                 "silence_logs": logging.CRITICAL,
+                "preload": ["actcache.jobs.interrupts"],
                 "resources": {"GPU": gpus} if gpus else {},
                 "env": environment | _devices(number, gpus),
             },
@@ -258,8 +259,14 @@ def _local_cluster(workers: int, threads: int, gpus: int | None) -> Iterator[dis
         "cls": distributed.Scheduler,
         "options": {"host": "127.0.0.1", "port": 0, "dashboard": dashboard is not None, "dashboard_address": dashboard},
     }
-    with distributed.SpecCluster(spec, scheduler, silence_logs=logging.CRITICAL) as cluster:
-        yield cluster
+    before = dict(os.environ)  # Dask sets what its workers are to find in this process too
+    try:
+        with distributed.SpecCluster(spec, scheduler, silence_logs=logging.CRITICAL) as cluster:
+            yield cluster
+    finally:
+        for name in set(os.environ) - set(before):
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def _devices(number: int, gpus: int | None) -> dict[str, str]:

@@ -6,7 +6,7 @@ p = exp(z - Z), both in nats; `topk` holds the largest z_i, their ids, and Z.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import Executor
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from actcache.cache.encoder import encode_shard
 from actcache.jobs.batches import TokenBatch
+from actcache.jobs.batching import LEAST_POSITIONS
 from actcache.jobs.head import to_numpy
 from actcache.jobs.parts import ModelParts
 from actcache.schemas.array import ArrayLayout
@@ -22,7 +23,7 @@ from actcache.schemas.errors import OutOfRange
 from actcache.schemas.outputs import ENTROPY, LOSS, TOPK_LOG_NORMALIZER, TOPK_LOGIT, TOPK_TOKEN_ID
 
 LOGITS_AT_ONCE = 1 << 26
-"""Most logits held at once: 256 MiB. A longer sequence is taken in pieces."""
+"""Most logits held at once: 256 MiB. A larger batch is taken in portions."""
 VALUES_AT_ONCE = 1 << 22
 """Most logits of which more is made at once."""
 
@@ -58,26 +59,29 @@ class OutputEncoder:
         Raises:
             OutOfRange: the model's logits are not finite.
         """
-        done = 0
-        for row, length in enumerate(batch.lengths):
-            ids = batch.input_ids[row, :length].to(state.device)
-            successor = functional.pad(ids[1:], (0, 1), value=_NOTHING)
-            keep = batch.keep[row, :length]
-            for low in range(0, int(length), self._positions):
-                high = min(low + self._positions, int(length))
-                logits = parts.logits(state[row, low:high])
-                found = measure(logits, successor[low:high], self._layouts, self._k)
-                kept = keep[low:high]
-                tokens = batch.tokens[done : done + int(kept.sum())]
-                done += len(tokens)
-                for name, values in found.items():
-                    rows = to_numpy(values.cpu()[kept])
-                    _check(name, rows, tokens, successor[low:high].cpu()[kept].numpy())
-                    self._arrays[name][tokens - self._start] = rows
+        successor = functional.pad(batch.input_ids[:, 1:], (0, 1), value=_NOTHING)
+        own = functional.pad(batch.attention_mask[:, 1:], (0, 1)) == 1
+        following = successor.where(own, _NOTHING)[batch.keep]
+        rows = state.reshape(-1, state.shape[-1])[batch.keep.flatten().nonzero().flatten().to(state.device)]
+        for low, high in _portions(len(rows), self._positions):
+            kept = functional.pad(rows[low:high], (0, 0, 0, max(0, LEAST_POSITIONS - (high - low))))
+            logits = parts.logits(kept)[: high - low]
+            tokens, after = batch.tokens[low:high], following[low:high]
+            for name, values in measure(logits, after.to(state.device), self._layouts, self._k).items():
+                found = to_numpy(values)
+                _check(name, found, tokens, after.numpy())
+                self._arrays[name][tokens - self._start] = found
 
     def finish(self, name: str) -> memoryview:
         """The bytes of an array's shard."""
         return encode_shard(self._layouts[name], self._arrays.pop(name), self._pool)
+
+
+def _portions(count: int, most: int) -> Iterator[tuple[int, int]]:
+    """Rows in portions of at most `most`, all of about one size."""
+    portions = -(-count // most)
+    for number in range(portions):
+        yield number * count // portions, (number + 1) * count // portions
 
 
 def measure(

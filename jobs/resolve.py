@@ -153,7 +153,7 @@ def resolve(
         ),
         model=shape,
         widths={site: width for site in sites if (width := anatomy.width(site)) != anatomy.d_model},
-        batches=rule_of(execution),
+        batches=rule_of(execution, shape.max_context),
         sources=corpus.sources,
     )
     check_layout(plan)

@@ -41,13 +41,14 @@ class BatchRule(Record):
     `order` "length": longest first, equal ones as they come; a batch takes sequences until one more would make it, padded,
     more than `tokens` tokens. `order` "sequence": as they come, `size` at a time.
 
-    A batch is padded on the right to its own longest sequence with `pad_token_id`; `attention_mask` is 1 on tokens and 0 on
-    pads and is always given.
+    A batch is padded on the right to its own longest sequence with `pad_token_id`, and to at least `least_positions` in all of
+    its sequences together; `attention_mask` is 1 on tokens and 0 on pads and is always given.
     """
 
     order: Literal["sequence", "length"] = "sequence"
     size: int | None = None
     tokens: int | None = None
+    least_positions: int | None = None
     padding: Literal["right"] = "right"
     pad_token_id: int = 0
     attention_mask: Literal["always"] = "always"
@@ -63,7 +64,7 @@ class BatchRule(Record):
 
     @model_serializer(mode="wrap")
     def _as_before(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without the limit that the order does not use."""
+        """Without the limits that are not used."""
         document: dict[str, Any] = serialise(self)
         return {name: value for name, value in document.items() if value is not None}
 

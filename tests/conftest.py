@@ -24,15 +24,16 @@ BLOCK = 160
 
 
 @pytest.fixture(scope="session", autouse=True)
-def own_memory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Hashes are remembered in a folder of this run's own."""
-    before = os.environ.get("XDG_CACHE_HOME")
-    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+def own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Hashes are remembered, and builds are logged, in folders of this run's own."""
+    names = ("XDG_CACHE_HOME", "XDG_STATE_HOME")
+    before = {name: os.environ.pop(name, None) for name in names}
+    os.environ |= {name: str(tmp_path_factory.mktemp(name)) for name in names}
     yield
-    if before is None:
-        del os.environ["XDG_CACHE_HOME"]
-    else:
-        os.environ["XDG_CACHE_HOME"] = before
+    for name, value in before.items():
+        del os.environ[name]
+        if value is not None:
+            os.environ[name] = value
 
 
 @pytest.fixture(scope="session")

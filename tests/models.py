@@ -30,6 +30,7 @@ def save_gpt2(
     *,
     layers: int = 3,
     width: int = 32,
+    heads: int = 4,
     context: int = 32,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
@@ -44,7 +45,7 @@ def save_gpt2(
         n_positions=context,
         n_embd=width,
         n_layer=layers,
-        n_head=4,
+        n_head=heads,
         bos_token_id=0,
         eos_token_id=0,
     )

@@ -72,7 +72,7 @@ class ManyCorpora(click.Command):
         )
 
 
-class TokensOrAuto(click.ParamType[Any]):
+class TokensOrAuto(click.ParamType):  # type: ignore[type-arg]  # not generic before click 8.2
     """A number of tokens, or `auto`."""
 
     name = "tokens"
