@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import random
+import subprocess
+import sys
+import threading
 import tracemalloc
 from collections.abc import Callable
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -380,3 +386,61 @@ def test_memory_is_bounded(estimate: Estimate, tmp_path: Path):
     tracemalloc.stop()
     assert not found.exact
     assert peak < max(size, 30 << 20)
+
+
+# Corpora elsewhere
+
+
+def test_files_behind_a_server(estimate: Estimate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "127.0.0.1", prepend=",")
+    corpus = Path(write(tmp_path / "web", "jsonl.gz", texts(10_000)))
+    quiet = type("Quiet", (SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(quiet, directory=str(corpus.parent)))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        there = estimate(f"http://127.0.0.1:{server.server_port}/{corpus.name}", most=100_000)
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+    here = estimate(corpus, most=100_000)
+    assert (counts(there), there.basis, there.exact) == (counts(here), here.basis, False)
+
+
+HUB_SCRIPT = """
+import sys, actcache as ac
+from actcache.jobs.encode import load_tokenizer
+from actcache.jobs.resolve import resolve
+from actcache.jobs.token_estimate import estimate_tokens
+resolved = resolve(ac.Spec(model=sys.argv[1], corpus=("hf://datasets/org/name",)))
+found = estimate_tokens(resolved.plan, resolved.corpus, load_tokenizer(sys.argv[1]), 10_000)
+print(found.n_tokens, found.n_documents, found.exact, found.basis, sep="|")
+"""
+CARD = "---\nconfigs:\n- config_name: default\n  data_files: [{split: train, path: data/*}]\n"
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_hub_dataset_goes_by_its_rows_where_they_are_told(told: bool, model: Path, tmp_path: Path):
+    from tests.hub_server import serving
+
+    rows, files = texts(3000), {"README.md": CARD.encode() + b"---\n"}
+    if told:
+        info = "dataset_info:\n  features: [{name: text, dtype: string}]\n  splits:\n  - {name: train, num_bytes: 1, "
+        files["README.md"] = f"{CARD}{info}num_examples: 3000}}\n---\n".encode()
+    for number in range(2):
+        name = write(tmp_path / f"{number}", "parquet", rows[number * 1500 :][:1500])
+        files[f"data/{number}.parquet"] = Path(name).read_bytes()
+    with serving("a" * 40, files) as (endpoint, requests):
+        environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf")}
+        environment |= {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "PYTHONWARNINGS": "ignore"}
+        command = [sys.executable, "-c", HUB_SCRIPT, str(model)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    tokens, documents, exact, basis = done.stdout.strip().split("|")
+    assert exact == str(not told)
+    assert int(tokens) == pytest.approx(sum(map(len, rows)), rel=0.05 if told else 0)
+    assert int(documents) == pytest.approx(3000, rel=0.01 if told else 0)
+    assert ("of the corpus's rows" in basis, "nobody says" in basis) == (told, not told)
+    assert any("data/0.parquet" in request for request in requests)
