@@ -1,4 +1,4 @@
-"""How many tokens a plan's corpus will give, from the beginning of it. Nothing is stored."""
+"""How many tokens a plan's corpus will give, from a part of it. Nothing is stored."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class TokenEstimate:
         n_tokens, n_sequences, n_documents: how many there will be.
         exact: whether all of that was counted as the build would.
         basis: what the numbers rest on, in words.
-        lengths: tokens of each sequence that was looked at, int64 (n,), in the order of the corpus.
+        lengths: tokens of each sequence that was looked at, int64 (n,).
         sequences: the token ids of the first of them, int32, together at most 64 contexts, or one sequence.
     """
 
@@ -48,14 +48,17 @@ class TokenEstimate:
 
 
 def estimate_tokens(plan: Plan, corpus: Corpus, tokenizer: Any, most_tokens: int = MOST_TOKENS) -> TokenEstimate:
-    """Count the tokens of a corpus, or tell from its first `most_tokens` how many there will be.
+    """Count the tokens of a corpus, or tell from `most_tokens` of them how many there will be.
 
-    The corpus is read from its beginning by the rules of a build: cutting, packing, special tokens, documents that are dropped.
-    Where it ends within `most_tokens`, or the plan wants no more, the numbers are exact. Otherwise the tokens so far are divided
-    by the part of the corpus that they were read from: of its bytes as they are stored (before they are unpacked), within a Parquet
-    file or a saved dataset by rows, of a hub dataset by rows. So a corpus is taken to go on as it begins. More is
-    read where that many tokens are less than what a compressed file unpacks to at once, and all where nobody says how large the
-    corpus is. Documents that are shuffled or sampled are taken to be like the first ones.
+    The corpus is read by the rules of a build: cutting, packing, special tokens, documents that are dropped. Where it ends within
+    `most_tokens`, or the plan wants no more, the numbers are exact. Otherwise the tokens are divided by the part of the corpus
+    that they were read from: of its bytes as they are stored (before they are unpacked), within a Parquet file or a saved
+    dataset by rows, of a hub dataset by rows; of files that are one document each, their number by that of the files. The
+    sources are taken in a random order, the same every time, or, where only the first documents are wanted, in their own; each
+    is taken to go on as it begins. Documents that are shuffled or sampled are taken to be like those that are read.
+
+    More is read where `most_tokens` are less than what a compressed file unpacks to at once, and all of the corpus where nobody
+    says how large it is.
 
     `tokenizer` is the model's own, None where it has none. Memory is bounded; tokens that are counted wait in a file in TMPDIR.
 
@@ -71,7 +74,8 @@ def estimate_tokens(plan: Plan, corpus: Corpus, tokenizer: Any, most_tokens: int
     wanted_whole = not ranked and spec.max_tokens is not None and spec.max_tokens <= most_tokens
     with ExitStack() as spools:
         noted = spools.enter_context(Spool("float64", 6))
-        measured = None if wanted_whole else MeasuredCorpus.of(corpus, noted)
+        spread = len(corpus.parts) > 1 and (ranked or spec.selection.max_documents is None)
+        measured = None if wanted_whole else MeasuredCorpus.of(corpus, noted, spread)
         if measured is not None:
             head = _head(plan, most_tokens, ranked)
             axis = gather(head, measured, tokenizer, spools, _untold).axis
@@ -81,7 +85,7 @@ def estimate_tokens(plan: Plan, corpus: Corpus, tokenizer: Any, most_tokens: int
                 if part is None:
                     return estimate_tokens(plan, corpus, tokenizer, 4 * most_tokens)
                 return _extrapolated(plan, found, part)
-            if not ranked:
+            if not ranked and not spread:
                 return _counted(plan, axis, most_tokens, "all that the build will read was tokenised")
         axis = gather(plan, corpus, tokenizer, spools, _untold).axis
         what = "all that the build will read was tokenised"
@@ -120,10 +124,13 @@ def _extrapolated(plan: Plan, head: _Head, part: _Part) -> TokenEstimate:
     axis, chosen = head.axis, plan.spec.selection
     starts = axis.arranged.sequence_start.rows(0, len(axis.arranged.sequence_start))
     starts = starts[:-1] if len(starts) > 2 else starts  # the last sequence was cut off
-    tokens, documents = part.tokens / part.fraction, part.documents / part.fraction
+    tokens, documents = part.tokens / part.fraction, part.documents / part.documents_fraction
     limits = [limit for limit in (chosen.sample, chosen.max_documents) if limit is not None]
     if limits and documents > min(limits):
-        tokens, documents = tokens * min(limits) / documents, min(limits)
+        each = (
+            tokens / documents if head.corpus.spread else part.tokens / part.documents
+        )  # the first are the ones wanted
+        tokens, documents = each * min(limits), min(limits)
     else:
         tokens = max(tokens, axis.arranged.n_tokens)
     if plan.spec.max_tokens is not None and tokens > plan.spec.max_tokens:
@@ -134,7 +141,7 @@ def _extrapolated(plan: Plan, head: _Head, part: _Part) -> TokenEstimate:
         n_sequences=ceil(n_tokens * (len(starts) - 1) / int(starts[-1])),
         n_documents=max(1, round(documents)),
         exact=False,
-        basis=f"from the first {100 * part.fraction:.3g} % of the corpus's {head.corpus.unit}",
+        basis=f"from {100 * part.fraction:.3g} % of the corpus's {head.corpus.unit}",
         lengths=np.diff(starts),
         sequences=_kept(plan, axis, starts),
     )
@@ -149,11 +156,12 @@ def _kept(plan: Plan, axis: Axis, starts: np.ndarray) -> tuple[np.ndarray, ...]:
 
 @dataclass(frozen=True)
 class _Part:
-    """So many tokens and documents come from this fraction of the corpus."""
+    """So many tokens come from this fraction of the corpus, and so many documents from that one."""
 
     tokens: int
-    documents: float
     fraction: float
+    documents: float
+    documents_fraction: float
 
 
 class _Head:
@@ -171,7 +179,8 @@ class _Head:
     def part(self) -> _Part | None:
         """The documents before the last one that moved the position, or, where they are few, all that is there.
 
-        None where the last one is one of many that were unpacked at once, so that nobody knows how far into them it is.
+        None where nobody knows how far into the corpus the last one is: it is one of many that were unpacked at once, or there
+        is nothing of it yet.
         """
         moved = np.flatnonzero(self._noted[:, AFTER] != self._noted[:, BEFORE])
         if len(moved):
@@ -180,15 +189,18 @@ class _Head:
             documents = int(np.count_nonzero(earlier))
             tokens = self._begin(documents)
             if 2 * tokens >= self.axis.arranged.n_tokens:
-                return _Part(tokens, documents, self._fraction(before))
-        return self._with_the_last() if len(moved) and moved[-1] == len(self._noted) - 1 else None
+                return self._part(tokens, before, documents, float(moved[-1]))
+        begun = (
+            self._runs[self._runs[:, 1] == len(self._rows) - 1, 3] >= 0
+        ).any()  # with more than what is put before it
+        return self._with_the_last() if begun and len(moved) and moved[-1] == len(self._noted) - 1 else None
 
     def _with_the_last(self) -> _Part:
         """All tokens, and the share of the last document that is among them."""
         last, total = len(self._rows) - 1, self.axis.arranged.n_tokens
         begin, end, length = self._last_document()
         share = min(1.0, (total - self._begin(last)) / self._rules.tokens(max(1, round(length))))
-        return _Part(total, last + share, self._fraction(begin + share * (end - begin)))
+        return self._part(total, begin + share * (end - begin), last + share, len(self._noted) - 1 + share)
 
     def _last_document(self) -> tuple[float, float, float]:
         """Where the last document begins and ends in the corpus, and how many tokens it has in all."""
@@ -216,5 +228,7 @@ class _Head:
         """The first token of a document on the axis."""
         return int(self._runs[np.searchsorted(self._runs[:, 1], document), 0])
 
-    def _fraction(self, position: float) -> float:
-        return min(1.0, position / self.corpus.ends[-1])
+    def _part(self, tokens: int, position: float, documents: float, rows: float) -> _Part:
+        fraction = min(1.0, position / self.corpus.ends[-1])
+        files = min(1.0, rows / len(self.corpus.parts))
+        return _Part(tokens, fraction, documents, files if self.corpus.kind == "text" else fraction)

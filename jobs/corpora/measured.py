@@ -15,6 +15,7 @@ from actcache.jobs.corpora.corpus import Corpus
 from actcache.jobs.corpora.document import BadRow, Document
 from actcache.jobs.corpora.files import CorpusFile, LocalFile
 from actcache.jobs.corpora.hub import HubDataset
+from actcache.jobs.selection import rank
 from actcache.jobs.spool import Spool
 from actcache.schemas.plan import Source
 
@@ -26,7 +27,10 @@ content in characters or token ids (-1 otherwise), and whether that is only the 
 
 @dataclass(frozen=True)
 class MeasuredCorpus(Corpus):
-    """The same corpus. `ends` has what lies before each source, and the whole: bytes as stored, of a hub dataset rows.
+    """The same corpus.
+
+    `ends` has what lies before each source, and the whole: bytes as stored, of a hub dataset rows. `spread` says whether the
+    sources come in a random order.
 
     `noted` gets a row for each row that is read, as far ahead as the reading is. The position is exact to a row where a file's
     content is one document, is lines, or has its rows counted. Of what is compressed it moves with the portions that are unpacked:
@@ -35,22 +39,27 @@ class MeasuredCorpus(Corpus):
 
     ends: tuple[int, ...]
     noted: Spool
+    spread: bool
 
     @classmethod
-    def of(cls, corpus: Corpus, noted: Spool) -> MeasuredCorpus | None:
+    def of(cls, corpus: Corpus, noted: Spool, spread: bool = False) -> MeasuredCorpus | None:
         """A corpus measured; None where nobody says how large it is. `noted` is an empty spool of float64, 6 wide.
+
+        With `spread` its sources come in a random order, the same every time: the first of them are like all of them.
 
         Raises:
             InvalidInput, StoreError: a hub dataset cannot be asked.
         """
-        sizes = [part.n_rows() if isinstance(part, HubDataset) else part.source.bytes for part in corpus.parts]
+        order = range(len(corpus.parts))
+        parts = [corpus.parts[index] for index in (sorted(order, key=_rank) if spread else order)]
+        sizes = [part.n_rows() if isinstance(part, HubDataset) else part.source.bytes for part in parts]
         known = [size for size in sizes if size is not None]
         if len(known) < len(sizes) or not sum(known):
             return None
         same: dict[str, Any] = {field.name: getattr(corpus, field.name) for field in fields(corpus)}
-        if corpus.kind in ("jsonl", "csv"):
-            same["parts"] = tuple(part if isinstance(part, HubDataset) else _Counted(part) for part in corpus.parts)
-        return cls(**same, ends=(0, *accumulate(known)), noted=noted)
+        lines = corpus.kind in ("jsonl", "csv")
+        same["parts"] = tuple(_Counted(part) if lines and not isinstance(part, HubDataset) else part for part in parts)
+        return cls(**same, ends=(0, *accumulate(known)), noted=noted, spread=spread)
 
     @property
     def unit(self) -> str:
@@ -93,6 +102,10 @@ class MeasuredCorpus(Corpus):
         if self.kind in ("npy", "bin"):
             return min(begin + ids, end)
         return begin + (end - begin) * min(1.0, (item.row + 1) / max(1, rows))
+
+
+def _rank(source: int) -> int:
+    return rank(0, source, 0)
 
 
 class _Counted:
