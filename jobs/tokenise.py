@@ -50,7 +50,7 @@ def tokenise(
 
     def make() -> TokensRecord:
         with ExitStack() as spools:
-            made = _made(plan, corpus, tokenizer(), spools, tick)
+            made = gather(plan, corpus, tokenizer(), spools, tick)
             if made.skipped or made.dropped:
                 note(_told(made))
             return _store(store, made, pool)
@@ -74,7 +74,13 @@ class Made:
     first_skipped: str | None
 
 
-def _made(plan: Plan, corpus: Corpus, tokenizer: Any, spools: ExitStack, tick: Tick) -> Made:
+def gather(plan: Plan, corpus: Corpus, tokenizer: Any, spools: ExitStack, tick: Tick) -> Made:
+    """Read the corpus as far as the plan needs it, and lay it out on the token axis, in spools.
+
+    Raises:
+        InvalidInput: as `tokenise`.
+        StoreError: a server fails, or the disk is full.
+    """
     spec = plan.spec
     ids = special_ids(spec, corpus, tokenizer)
     wanted = wanted_of(plan, ids)

@@ -8,7 +8,7 @@ from typing import Any
 
 from actcache.jobs.corpora.document import Bad, BadRow, Document
 from actcache.jobs.corpora.field import Field
-from actcache.jobs.corpora.files import CorpusFile
+from actcache.jobs.corpora.files import CorpusFile, LocalFile
 from actcache.schemas.errors import InvalidInput
 
 ROWS_AT_ONCE, BYTES_AT_ONCE = 256, 16 << 20
@@ -36,6 +36,18 @@ def parquet_rows(file: CorpusFile, source: int, field: Field) -> Iterator[Docume
             row += len(batch)
 
 
+def parquet_row_count(file: CorpusFile) -> int:
+    """How many rows a Parquet file has, as its footer says.
+
+    Raises:
+        InvalidInput: it is no Parquet file.
+    """
+    import pyarrow.parquet
+
+    with file.open(seekable=True) as opened, _arrow_errors(file, "Parquet"):
+        return int(pyarrow.parquet.ParquetFile(opened, pre_buffer=False).metadata.num_rows)
+
+
 def _rows_at_once(metadata: Any) -> int:
     """How many rows have some 16 MiB where they are largest."""
     groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
@@ -61,6 +73,22 @@ def arrow_rows(file: CorpusFile, source: int, field: Field) -> Iterator[Document
                 else:
                     yield from _absent(file, source, field, names, row, len(batch))
                 row += len(batch)
+
+
+def arrow_row_count(file: LocalFile) -> int:
+    """How many rows an Arrow stream file has; what is in them is passed over.
+
+    Raises:
+        InvalidInput: it is no such file.
+    """
+    import pyarrow
+
+    with (
+        _arrow_errors(file, "Arrow"),
+        pyarrow.memory_map(str(file.path)) as opened,
+        pyarrow.ipc.open_stream(opened) as batches,
+    ):
+        return sum(len(batch) for batch in batches)
 
 
 def _rows(

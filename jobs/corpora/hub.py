@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,21 +61,41 @@ class HubDataset:
     def check_unchanged(self) -> None:
         """Nothing to check: a commit does not change."""
 
+    def n_rows(self) -> int | None:
+        """How many rows the split has, as the dataset says of itself; None where it does not.
+
+        Raises:
+            InvalidInput: there is no such configuration.
+            StoreError: the hub fails.
+        """
+        with self._errors():
+            splits = self._builder().info.splits
+        found = splits.get(self.split) if splits else None
+        return int(found.num_examples) if found is not None and found.num_examples else None
+
     def _stream(self) -> Iterator[Any]:
+        with self._errors():
+            rows = self._builder().as_streaming_dataset(split=self.split)
+            if rows.column_names and self.field.name in rows.column_names:
+                rows = rows.select_columns([self.field.name])
+            yield from rows
+
+    def _builder(self) -> Any:
         import datasets
 
         datasets.utils.logging.set_verbosity_error()
         datasets.disable_progress_bars()
         place: dict[str, Any] = {"revision": self.commit} if self.cached is None else {}
+        builder = datasets.load_dataset_builder(str(self.cached or self.name), self.config, **place)
+        if type(builder).__module__.startswith("datasets.packaged_modules.cache"):
+            # What datasets falls back to when the hub fails: some earlier state, of whatever commit.
+            raise StoreError(f"{self.where}: the hub cannot be reached; run the same command again")
+        return builder
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
         try:
-            builder = datasets.load_dataset_builder(str(self.cached or self.name), self.config, **place)
-            if type(builder).__module__.startswith("datasets.packaged_modules.cache"):
-                # What datasets falls back to when the hub fails: some earlier state, of whatever commit.
-                raise StoreError(f"{self.where}: the hub cannot be reached; run the same command again")
-            rows = builder.as_streaming_dataset(split=self.split)
-            if rows.column_names and self.field.name in rows.column_names:
-                rows = rows.select_columns([self.field.name])
-            yield from rows
+            yield
         except ActcacheError:
             raise
         except (OSError, ConnectionError) as error:
