@@ -1,7 +1,7 @@
 """actcache: run a GPT model over a corpus once, keep its residual stream, and never run the model again.
 
 Importing this package registers the Zarr data type `bfloat16` with zarr-python. torch and transformers are imported by
-`build` alone, Dask when the first lazy array is made.
+`build` and `plan` alone, Dask when the first lazy array is made.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from actcache.clients.dataset import Dataset
     from actcache.clients.opening import catalog, open, verify
     from actcache.jobs.build import BuildResult, build
+    from actcache.jobs.forecast import Forecast
+    from actcache.jobs.planning import plan
     from actcache.jobs.replaying import replay
 
 __version__ = metadata.version("actcache")
@@ -37,10 +39,12 @@ __version__ = metadata.version("actcache")
 _LAZY = {
     "BuildResult": "actcache.jobs.build",
     "Dataset": "actcache.clients.dataset",
+    "Forecast": "actcache.jobs.forecast",
     "build": "actcache.jobs.build",
     "catalog": "actcache.clients.opening",
     "lens": "actcache.clients",
     "open": "actcache.clients.opening",
+    "plan": "actcache.jobs.planning",
     "replay": "actcache.jobs.replaying",
     "verify": "actcache.clients.opening",
 }
@@ -51,6 +55,7 @@ __all__ = [
     "Capturable",
     "Corrupt",
     "Dataset",
+    "Forecast",
     "InvalidInput",
     "NotFound",
     "NotSealed",
@@ -64,6 +69,7 @@ __all__ = [
     "catalog",
     "lens",
     "open",
+    "plan",
     "replay",
     "verify",
 ]

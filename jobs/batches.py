@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from actcache.jobs.grouping import grouped, padded_length
 from actcache.schemas.plan import BatchRule
 
 
@@ -53,43 +54,10 @@ def batches(rule: BatchRule, sequence_start: np.ndarray, start: int, stop: int) 
     lengths = np.diff(sequence_start[wanted.start : wanted.stop + 1])
     for group in grouped(rule, lengths):
         starts = sequence_start[wanted.start + group]
-        position = np.arange(_padded(rule, lengths[group]))
+        position = np.arange(padded_length(rule, lengths[group]))
         token = starts[:, None] + position
         keep = (position < lengths[group][:, None]) & (token >= start) & (token < stop)
         yield Batch(wanted.start + group, starts, lengths[group], torch.from_numpy(keep), token[keep])
-
-
-def grouped(rule: BatchRule, lengths: np.ndarray) -> Iterator[np.ndarray]:
-    """Which sequences of these lengths (n) are run together: indices into `lengths`, each once."""
-    if rule.order == "sequence":
-        assert rule.size is not None
-        yield from np.split(np.arange(len(lengths)), range(rule.size, len(lengths), rule.size))
-        return
-    assert rule.tokens is not None
-    order, first = np.argsort(-lengths, kind="stable"), 0
-    while first < len(order):
-        count = max(1, rule.tokens // int(lengths[order[first]]))
-        yield order[first : first + count]
-        first += count
-
-
-def _padded(rule: BatchRule, lengths: np.ndarray) -> int:
-    """To how many positions the sequences of a batch are padded."""
-    return max(int(lengths.max()), -(-(rule.least_positions or 1) // len(lengths)))
-
-
-def padded_fraction(rule: BatchRule, lengths: np.ndarray) -> float:
-    """Pads run for each position run, of sequences of these lengths as one block."""
-    run = sum(len(group) * _padded(rule, lengths[group]) for group in grouped(rule, lengths))
-    return 1 - int(lengths.sum()) / run if run else 0.0
-
-
-def runs(tokens: np.ndarray) -> Iterator[tuple[int, int, int]]:
-    """Where rows of these tokens lie side by side on the token axis too: first row, end row, first token."""
-    borders = np.flatnonzero(np.diff(tokens) != 1) + 1
-    for first, last in zip((0, *borders.tolist()), (*borders.tolist(), len(tokens)), strict=True):
-        if last > first:
-            yield first, last, int(tokens[first])
 
 
 def with_tokens(batch: Batch, pad_token_id: int, token_id: np.ndarray, offset: int) -> TokenBatch:
@@ -107,12 +75,3 @@ def with_tokens(batch: Batch, pad_token_id: int, token_id: np.ndarray, offset: i
         torch.from_numpy(ids),
         torch.from_numpy(mask.astype(np.int64)),
     )
-
-
-def recomputed_fraction(sequence_start: np.ndarray, n_tokens: int, block_tokens: int) -> float:
-    """Tokens that are run a second time since their sequence crosses a block's border, per token of the dataset."""
-    borders = np.arange(block_tokens, n_tokens, block_tokens)
-    owner = np.searchsorted(sequence_start, borders, side="right") - 1
-    crossed = sequence_start[owner] < borders
-    owner = owner[crossed]
-    return float((sequence_start[owner + 1] - sequence_start[owner]).sum() / n_tokens) if len(owner) else 0.0

@@ -18,6 +18,7 @@ from actcache.jobs.batches import Batch, TokenBatch
 from actcache.jobs.capture import run
 from actcache.jobs.feeds import Feed
 from actcache.jobs.head import numpy_head
+from actcache.jobs.memory_plan import SHARDS_AT_ONCE
 from actcache.jobs.outputs import OutputEncoder
 from actcache.jobs.parts import ModelParts
 from actcache.jobs.quantised import QuantisedEncoder
@@ -29,8 +30,6 @@ from actcache.schemas.errors import Corrupt, OutOfRange
 from actcache.schemas.grid import Grid
 from actcache.schemas.plan import StoredObject
 from actcache.schemas.receipt import Receipt, receipt_key, statistics_key
-
-PUTS_AT_ONCE = 4
 
 Tick = Callable[[int], None]
 
@@ -140,6 +139,12 @@ class BlockRunner:
         if self._transfer.computing():
             self._meter.add("forward", self._meter.clock() - began)
 
+    def sizes(self, computed: Computed) -> dict[str, int]:
+        """Bytes of the shards of the sites and their quantised forms, encoded and not stored. It ends the block."""
+        found = {site: len(encoder.finish()) for site, encoder in computed.encoders.items()}
+        computed.quantised.drain(wait=True)
+        return found | {name: len(computed.quantised.finish(name)) for name in self._grid.quantised}
+
     def publish(self, computed: Computed) -> Receipt:
         """Store a block's shards, norms, outputs and statistics, then its receipt.
 
@@ -149,7 +154,7 @@ class BlockRunner:
         """
         grid, block = self._grid, computed.block
         sites = grid.plan.spec.sites
-        with ThreadPoolExecutor(PUTS_AT_ONCE, thread_name_prefix="actcache-put") as puts:
+        with ThreadPoolExecutor(SHARDS_AT_ONCE, thread_name_prefix="actcache-put") as puts:
             stored = list(puts.map(lambda site: self._publish_site(site, computed), sites))
             computed.quantised.drain(wait=True)
             quantised = list(puts.map(self._shard(block, computed.quantised.finish), grid.quantised.values()))

@@ -11,7 +11,7 @@ import os
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,11 +22,13 @@ from typing import Any
 import distributed
 from distributed.diagnostics.plugin import WorkerPlugin
 
+from actcache.jobs.cores import available_cores
 from actcache.jobs.engine import POLL_SECONDS, Event, Failed
+from actcache.jobs.forecast import Sample
 from actcache.jobs.memory_plan import BLOCKS_AT_ONCE
 from actcache.jobs.options import ClusterOptions
 from actcache.jobs.progress import Reporter
-from actcache.jobs.worker import Job, Worker, available_cores
+from actcache.jobs.worker import Job, Worker
 from actcache.schemas.errors import InvalidInput, StoreError
 from actcache.schemas.root import ReplayResult
 
@@ -85,6 +87,10 @@ def _replay(name: str) -> ReplayResult:
     return _here(name).replay()
 
 
+def _sample(name: str, limit: int) -> Sample:
+    return _here(name).sample(limit)
+
+
 class OnCluster:
     """Hands blocks to a Dask scheduler."""
 
@@ -133,14 +139,25 @@ class OnCluster:
 
     def replay(self) -> ReplayResult:
         """See `Engine`."""
-        future = self._client.submit(_replay, self._name, pure=False, resources=self._resources)
+        found: ReplayResult = self._call(_replay)
+        return found
+
+    def sample(self, limit: int) -> Sample:
+        """See `Engine`."""
+        found: Sample = self._call(_sample, limit)
+        return found
+
+    def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Run something on one worker and wait for it."""
+        future = self._client.submit(
+            function, self._name, *arguments, pure=False, retries=self.retries, resources=self._resources
+        )
         while not future.done():
             time.sleep(POLL_SECONDS)
             self._check_scheduler()
         if future.status != "finished":
             raise _error(future)
-        result: ReplayResult = future.result()
-        return result
+        return future.result()
 
     def cancel(self) -> None:
         """Have no more blocks begun."""

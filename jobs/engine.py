@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
+from actcache.jobs.forecast import Sample
 from actcache.jobs.memory_plan import BLOCKS_AT_ONCE
 from actcache.jobs.worker import Done, Worker
 from actcache.schemas.root import ReplayResult
@@ -62,6 +63,10 @@ class Engine(Protocol):
         """Replay a few stored sequences where a model is."""
         ...
 
+    def sample(self, limit: int) -> Sample:
+        """Run about so many tokens where a model is, and tell what that took."""
+        ...
+
 
 class InProcess:
     """Runs blocks on threads of this process."""
@@ -89,6 +94,10 @@ class InProcess:
     def replay(self) -> ReplayResult:
         """See `Engine`."""
         return self._worker.replay()
+
+    def sample(self, limit: int) -> Sample:
+        """See `Engine`."""
+        return self._worker.sample(limit)
 
     def _perform(self, block: int) -> None:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -13,6 +14,9 @@ from actcache.jobs.batches import Batch, TokenBatch, batches, touching, with_tok
 from actcache.jobs.inputs import Inputs, ItemInputs, TokenInputs
 from actcache.jobs.items import Items
 from actcache.schemas.grid import Grid
+from actcache.schemas.plan import BatchRule
+
+ReadTokens = Callable[[int, int], np.ndarray]
 
 
 class Feed(Protocol):
@@ -32,19 +36,25 @@ class Feed(Protocol):
 
 
 class TokenFeed:
-    """The stored tokens. `sequence_start` is (n_sequences + 1), int64."""
+    """Tokens: `read(start, stop)` gives their ids (n,), and `sequence_start` (n_sequences + 1), int64, their sequences."""
 
-    def __init__(self, store: Store, grid: Grid, sequence_start: np.ndarray, device: torch.device) -> None:
-        self._rule = grid.plan.batches
+    def __init__(self, rule: BatchRule, sequence_start: np.ndarray, read: ReadTokens, device: torch.device) -> None:
+        self._rule = rule
         self._sequence_start = sequence_start
         self._device = device
-        self._token_id = ArrayReader(store, grid.token_arrays()["token_id"])
+        self._read = read
+
+    @classmethod
+    def stored(cls, store: Store, grid: Grid, sequence_start: np.ndarray, device: torch.device) -> TokenFeed:
+        """The tokens of a dataset."""
+        reader = ArrayReader(store, grid.token_arrays()["token_id"])
+        return cls(grid.plan.batches, sequence_start, reader.read, device)
 
     def batches(self, start: int, stop: int) -> list[Batch]:
         """The batches of the tokens [start, stop), with their tokens."""
         wanted = touching(self._sequence_start, start, stop)
         low, high = int(self._sequence_start[wanted.start]), int(self._sequence_start[wanted.stop])
-        tokens = self._token_id.read(low, high)
+        tokens = self._read(low, high)
         plain = batches(self._rule, self._sequence_start, start, stop)
         return [with_tokens(batch, self._rule.pad_token_id, tokens, low) for batch in plain]
 
@@ -56,7 +66,7 @@ class TokenFeed:
     def alone(self, sequence: int) -> TokenInputs:
         """One sequence on the model's device."""
         start, stop = int(self._sequence_start[sequence]), int(self._sequence_start[sequence + 1])
-        ids = torch.from_numpy(self._token_id.read(start, stop).astype(np.int64))[None].to(self._device)
+        ids = torch.from_numpy(self._read(start, stop).astype(np.int64))[None].to(self._device)
         return TokenInputs(ids, torch.ones_like(ids))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from actcache.jobs.forecast import Forecast
 from actcache.jobs.stages import Usage
 
 Step = Literal["tokenise", "blocks", "replay", "seal"]
@@ -42,6 +43,9 @@ class Reporter(Protocol):
     def event(self, name: str, **facts: Any) -> None:
         """Something that happened, for a log: plain data."""
 
+    def forecast(self, forecast: Forecast) -> None:
+        """What is left to be done will take this."""
+
 
 class Silent:
     """Shows nothing."""
@@ -53,4 +57,7 @@ class Silent:
         """Shows nothing."""
 
     def event(self, name: str, **facts: Any) -> None:
+        """Shows nothing."""
+
+    def forecast(self, forecast: Forecast) -> None:
         """Shows nothing."""

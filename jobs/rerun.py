@@ -22,13 +22,13 @@ from actcache.jobs.determinism import deterministic
 from actcache.jobs.environment import device_name
 from actcache.jobs.feeds import Feed
 from actcache.jobs.head import to_numpy
+from actcache.jobs.loaded import feed_of, loaded_parts
 from actcache.jobs.parts import ModelParts
 from actcache.jobs.proof import largest, relative_error
 from actcache.jobs.replay import Form, forms_of, limit_of, receipts_of_tokens, wide
 from actcache.jobs.replaying import Replayed, SiteReplay
 from actcache.jobs.resolve import Chosen
 from actcache.jobs.source import ModelSource, source_of
-from actcache.jobs.worker import feed_of, loaded_parts
 from actcache.schemas.capturable import Capturable
 from actcache.schemas.errors import Corrupt, InvalidInput, SpecMismatch
 from actcache.schemas.grid import Grid

@@ -16,13 +16,16 @@ from actcache.cache.reader import ArrayReader
 from actcache.cache.roots import newest_root
 from actcache.cache.seal import NOT_REPLAYED, Sealed, seal
 from actcache.cache.store import Store
-from actcache.jobs.batches import recomputed_fraction
 from actcache.jobs.encode import load_tokenizer
 from actcache.jobs.engine import Engine, in_process
+from actcache.jobs.forecast import Counted, Forecast, counted, forecast
+from actcache.jobs.grouping import recomputed_fraction
 from actcache.jobs.items import Items
+from actcache.jobs.memory_plan import batch_positions
 from actcache.jobs.options import RunOptions
 from actcache.jobs.pending import PendingBlocks
 from actcache.jobs.pool import BoundedPool
+from actcache.jobs.prices import load_prices
 from actcache.jobs.progress import Progress, Reporter
 from actcache.jobs.resolve import Chosen, Resolved
 from actcache.jobs.tokenise import tokenise
@@ -35,6 +38,8 @@ from actcache.schemas.plan import TokensRecord
 from actcache.schemas.root import ROOT_KEY
 
 RECOMPUTED_WARNING = 0.03
+SAMPLED_PART = 32
+"""A sample is at most about this part of a build, or one context."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,8 @@ def _capture(
 ) -> Outcome:
     """Run the blocks of a grid, replay and seal; of a part, the blocks alone."""
     reporter.event("build", url=store.location.url, key=grid.plan.key, tokens=grid.n_tokens, blocks=grid.n_blocks)
-    recomputed = _recomputed(grid, _sequence_start(store, grid))
+    sequence_start = _sequence_start(store, grid)
+    recomputed = _recomputed(grid, sequence_start)
     if recomputed > RECOMPUTED_WARNING:
         reporter.note(
             f"{recomputed:.1%} more tokens are run than stored, since sequences cross blocks of {grid.block_tokens} tokens; "
@@ -114,6 +120,8 @@ def _capture(
     blocks = PendingBlocks(store, grid, options.part, reporter)
     result = NOT_REPLAYED
     with _engine(store, grid, chosen, reporter, options) as engine:
+        if blocks:
+            reporter.forecast(_forecast(grid, counted(sequence_start), engine))
         blocks.run(engine)
         if options.part is None and not _is_sealed(store, grid):
             reporter.progress(replace(blocks.state, stage="replay"))
@@ -125,6 +133,13 @@ def _capture(
     sealed = seal_added(store, pool, grid, result, began) if grid.number else seal(store, pool, result, began)
     reporter.event("sealed", manifest=sealed.root.attributes.generations[-1].manifest, by_us=sealed.by_us)
     return replace(outcome, sealed=sealed)
+
+
+def _forecast(grid: Grid, known: Counted, engine: Engine) -> Forecast:
+    """What the build will take, from a sample that is small beside it."""
+    limit = min(batch_positions(grid.plan), max(grid.plan.spec.context, grid.n_tokens // SAMPLED_PART))
+    found = engine.sample(limit)
+    return forecast(grid, known, found, max(1, engine.workers), load_prices(), None)
 
 
 @contextmanager

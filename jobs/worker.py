@@ -13,26 +13,26 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from threading import BoundedSemaphore, Event, Lock
 
-import numpy as np
-
 from actcache.cache.location import Location
 from actcache.cache.publish import publish, publish_array, publish_document
 from actcache.cache.reader import ArrayReader
 from actcache.cache.seal import environments_of, head_layout
 from actcache.cache.store import Store, open_store
 from actcache.jobs.anatomy import Studied
-from actcache.jobs.batches import TokenBatch
 from actcache.jobs.blocks import BlockRunner
+from actcache.jobs.cores import available_cores
 from actcache.jobs.determinism import deterministic
 from actcache.jobs.environment import environment
-from actcache.jobs.feeds import Feed, ItemFeed, TokenFeed
+from actcache.jobs.feeds import Feed
+from actcache.jobs.forecast import Sample
 from actcache.jobs.head import head_parts
+from actcache.jobs.loaded import feed_of, loaded_parts, proof_of
 from actcache.jobs.memory_plan import BLOCKS_AT_ONCE, staging_bytes
-from actcache.jobs.model import load_model
 from actcache.jobs.parts import ModelParts
-from actcache.jobs.proof import prove, prove_sites
 from actcache.jobs.replay import replay
+from actcache.jobs.resident import Peak
 from actcache.jobs.resolve import Chosen
+from actcache.jobs.sampling import first_sequences, sample
 from actcache.jobs.source import source_of
 from actcache.jobs.stages import Meter, Usage
 from actcache.jobs.staging import Staging
@@ -45,9 +45,6 @@ from actcache.schemas.grid import Grid
 from actcache.schemas.plan import StoredObject
 from actcache.schemas.receipt import HEAD_RECEIPT, HeadArray, HeadReceipt, receipt_key
 from actcache.schemas.root import ReplayResult
-from actcache.schemas.sites import MODULE
-
-PROVED_ALONE = 3
 
 
 class Stopped(Exception):
@@ -152,6 +149,14 @@ class Worker:
         arguments = (self._store, self._grid, inside.parts, inside.feed, starts)
         return inside.model_thread.submit(replay, *arguments).result()
 
+    def sample(self, limit: int) -> Sample:
+        """What running about so many of the first tokens takes and gives. Nothing of it is stored."""
+        inside = self._open()
+        starts = ArrayReader(self._store, self._grid.token_arrays()["sequence_start"]).read()
+        grid, starts = first_sequences(self._grid, starts, limit)
+        feed = feed_of(self._store, grid, self._chosen, starts, inside.parts)
+        return inside.model_thread.submit(sample, grid, inside.parts, feed, self._threads, inside.proof_bytes).result()
+
     def stop(self) -> None:
         """Have every block end with `Stopped` at its next batch."""
         self._stopping.set()
@@ -183,12 +188,14 @@ class Worker:
         parts = loaded_parts(self._chosen)
         starts = ArrayReader(store, grid.token_arrays()["sequence_start"]).read()
         feed = feed_of(store, grid, self._chosen, starts, parts)
-        record = canonical(environment(parts, grid.plan.spec, _proof(grid, parts, feed)))
+        peak = Peak(parts.device)
+        record = canonical(environment(parts, grid.plan.spec, proof_of(grid, parts, feed)))
+        proof_bytes = peak.taken()
         publish(store, f"{environments_of(grid.records)}{sha256(record)}.json", record)
         _store_head(store, grid, parts, pool)
         meter = Meter(encode=self._threads)
         runner = BlockRunner(store, grid, parts, feed, pool, Staging(staging_bytes(grid)), meter)
-        return _Inside(parts, feed, runner, meter, model_thread)
+        return _Inside(parts, feed, runner, meter, model_thread, proof_bytes)
 
 
 @dataclass(frozen=True)
@@ -200,36 +207,7 @@ class _Inside:
     runner: BlockRunner
     meter: Meter
     model_thread: ThreadPoolExecutor
-
-
-def available_cores() -> int:
-    """Processor cores that this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on Linux
-        return os.cpu_count() or 1
-
-
-def loaded_parts(chosen: Chosen) -> ModelParts:
-    """The model of a plan, loaded.
-
-    Raises:
-        InvalidInput: it cannot be loaded, or its files are no longer those of the plan.
-    """
-    spec, model = chosen.plan.spec, chosen.studied.model
-    if model is None:
-        execution = spec.execution
-        model, _ = load_model(chosen.source.folder, spec.model.family, execution.compute_dtype, execution.attention)
-    chosen.check_model()
-    return ModelParts(model, chosen.studied.anatomy)
-
-
-def feed_of(store: Store, grid: Grid, chosen: Chosen, sequence_start: np.ndarray, parts: ModelParts) -> Feed:
-    """Where the inputs of a plan come from: the stored tokens, or the items of a user's own module."""
-    items = chosen.source.items()
-    if items is not None:
-        return ItemFeed(items, grid, parts.device)
-    return TokenFeed(store, grid, sequence_start, parts.device)
+    proof_bytes: int
 
 
 def _store_head(store: Store, grid: Grid, parts: ModelParts, pool: ThreadPoolExecutor) -> None:
@@ -244,13 +222,3 @@ def _store_head(store: Store, grid: Grid, parts: ModelParts, pool: ThreadPoolExe
         arrays[name] = HeadArray(shape=array.shape, dtype=layout.dtype)
     receipt = HeadReceipt(arrays=arrays, operations=head.operations, objects=tuple(stored))
     publish(store, HEAD_RECEIPT, receipt.to_bytes())
-
-
-def _proof(grid: Grid, parts: ModelParts, feed: Feed) -> dict[str, float]:
-    """The errors of the identities that the first batch must satisfy."""
-    first, dtype = feed.batches(*grid.block_range(0))[0], grid.plan.spec.execution.compute_dtype
-    if isinstance(first, TokenBatch) and parts.anatomy.head:
-        modules = [site for site in grid.plan.spec.sites if site.startswith(MODULE)]
-        return prove(parts, first.input_ids, first.attention_mask, dtype, modules)
-    alone = [feed.alone(sequence) for sequence in first.sequences[:PROVED_ALONE].tolist()]
-    return prove_sites(parts, grid.plan.spec.sites, feed.inputs(first), alone, dtype)

@@ -25,6 +25,7 @@ class Listener:
         self.states: list = []
         self.notes: list[str] = []
         self.events: list[tuple[str, dict]] = []
+        self.forecasts: list = []
 
     def progress(self, state) -> None:
         self.states.append(state)
@@ -34,6 +35,9 @@ class Listener:
 
     def event(self, name: str, **facts) -> None:
         self.events.append((name, facts))
+
+    def forecast(self, forecast) -> None:
+        self.forecasts.append(forecast)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 import actcache as ac
-from actcache.jobs import outputs, worker
+from actcache.jobs import loaded, outputs
 from actcache.jobs.parts import ModelParts
 from actcache.schemas.errors import Corrupt
 from actcache.schemas.outputs import parse_outputs
@@ -176,7 +176,7 @@ def test_logits_that_are_not_finite_stop_the_build(
         return logits
 
     ac.build(asked.model_copy(update={"outputs": ()}), tmp_path / "studied")  # what a model is like is found but once
-    monkeypatch.setattr(worker, "prove", lambda *args: {})  # which would find it too
+    monkeypatch.setattr(loaded, "prove", lambda *args: {})  # which would find it too
     monkeypatch.setattr(ModelParts, "logits", wrong)
     wanted = "entropy" if name == "entropy" else "topk=2"
     with pytest.raises(ac.OutOfRange, match=rf"{name}, token \d+: .*logits; try --compute-dtype float32"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 from threading import Lock
 from typing import IO, Any
 
+from actcache.jobs.forecast import Forecast
 from actcache.jobs.progress import Progress, Reporter
 from actcache.schemas.errors import InvalidInput
 
@@ -106,6 +108,11 @@ class Logged:
         """Pass on and log."""
         self._inner.event(name, **facts)
         self.write(name, **facts)
+
+    def forecast(self, forecast: Forecast) -> None:
+        """Pass on and log."""
+        self._inner.forecast(forecast)
+        self.write("forecast", **dataclasses.asdict(forecast))
 
     def write(self, name: str, **facts: Any) -> None:
         """Write a line; tell where, once."""

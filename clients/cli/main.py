@@ -9,6 +9,7 @@ from actcache.clients.cli.build import build_command, seal_command
 from actcache.clients.cli.common import OneLineErrors, debug_option
 from actcache.clients.cli.inspect import info_command, ls_command, verify_command
 from actcache.clients.cli.lens import lens_group
+from actcache.clients.cli.plan import plan_command
 from actcache.clients.cli.prove import prove_command
 from actcache.clients.cli.replay import replay_command
 
@@ -30,6 +31,7 @@ def main() -> None:
 
 
 for command in (
+    plan_command,
     build_command,
     prove_command,
     replay_command,

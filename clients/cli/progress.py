@@ -9,6 +9,8 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from actcache.clients.cli.build_log import BuildLog, Logged
+from actcache.clients.cli.forecast import lines
+from actcache.jobs.forecast import Forecast
 from actcache.jobs.progress import Progress, Reporter
 
 if TYPE_CHECKING:
@@ -123,6 +125,11 @@ class OnTerminal:
     def event(self, name: str, **facts: Any) -> None:
         """Shows nothing: events are for logs."""
 
+    def forecast(self, forecast: Forecast) -> None:
+        """Lines above the bar."""
+        for line in lines(forecast):
+            self._bar.console.print(line, markup=False, highlight=False)
+
 
 class Lines:
     """A line when a stage begins and every ten seconds, with the time left."""
@@ -153,3 +160,8 @@ class Lines:
 
     def event(self, name: str, **facts: Any) -> None:
         """Shows nothing: events are for logs."""
+
+    def forecast(self, forecast: Forecast) -> None:
+        """Lines."""
+        for line in lines(forecast):
+            print(line, file=sys.stderr, flush=True)
