@@ -66,9 +66,8 @@ def run(material: Material) -> Iterator[Result]:
                     "peers", f"{name} ÷ {BARE}", times, name, BARE, amount=SEQUENCES * CONTEXT, unit="tokens/s"
                 )
         worst = max(measured["differences"].values())
-        print(
-            f"    what was captured differs from the bare model's layers by at most {worst:.0e} of a layer's largest value"
-        )
+        found = f"differs by at most {worst:.0e} of a layer's largest value from" if worst else "equals"
+        print(f"    what was captured {found} what hooks on the bare model's blocks see", flush=True)
 
 
 def _tokens(model: Path, folder: Path) -> Path:
