@@ -59,4 +59,4 @@ schemas: $(VENV)/.installed  ## write the published JSON Schemas anew
 	$(BIN)/python -m actcache.schemas.publish schemas/json
 
 clean:
-	rm -rf $(VENV) $(VENV)-client demo.zarr demo.png
+	rm -rf $(VENV) $(VENV)-client .peers demo.zarr demo.png

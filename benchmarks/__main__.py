@@ -18,7 +18,13 @@ from pathlib import Path
 from benchmarks.material import THREADS, Material
 from benchmarks.ratio import Result
 
-NAMES = ("build", "tokenise", "writer", "quantise", "s3_upload", "read", "chunks", "start")
+NAMES = ("build", "tokenise", "writer", "quantise", "s3_upload", "read", "chunks", "start", "peers")
+ON_REQUEST = ("peers",)
+BY_DEFAULT = tuple(name for name in NAMES if name not in ON_REQUEST)
+NAMES_HELP = (
+    f"any of {', '.join(NAMES)} (default: all but {', '.join(ON_REQUEST)}, which runs only when named: it installs other "
+    "libraries, each with a torch of its own, 5 GB in all, into .peers/, and takes ten minutes)"
+)
 QUIET = {
     "HF_HUB_OFFLINE": "1",
     "PYTHONWARNINGS": "ignore",
@@ -28,11 +34,11 @@ QUIET = {
 
 
 def main() -> None:
-    """Run what the command line names, or everything."""
+    """Run what the command line names, or everything that installs nothing."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description="Ratios of two things measured side by side in one run."
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"any of {', '.join(NAMES)} (default: all)")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=NAMES_HELP)
     parser.add_argument("--seconds", type=float, default=4.0, metavar="N", help="least time a comparison [%(default)s]")
     parser.add_argument("--megabytes", type=int, default=100, metavar="N", help="corpus of tokenise [%(default)s]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to a file as well")
@@ -50,7 +56,7 @@ def main() -> None:
         os.environ["XDG_CACHE_HOME"] = str(
             Path(folder) / "cache"
         )  # no hash of a file of a benchmark is to be remembered
-        results = _run(options.names or list(NAMES), Material(Path(folder), options.seconds, options.megabytes))
+        results = _run(options.names or list(BY_DEFAULT), Material(Path(folder), options.seconds, options.megabytes))
     print(f"\n{time.perf_counter() - began:.0f} s; {_verdict(results)}")
     if options.json:
         options.json.write_text(json.dumps([asdict(result) | {"met": result.met} for result in results], indent=1))

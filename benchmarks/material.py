@@ -58,17 +58,15 @@ class Material:
         import torch
 
         from actcache.jobs.encode import load_tokenizer
-        from actcache.jobs.parts import gpt2_parts
 
         model = load_model(self.model)
         text = "".join(path.read_text(encoding="utf-8") for path in sorted(Path(CORPUS).parent.glob("[a-s]*.py")))
         ids = load_tokenizer(self.model)(text[:250_000], verbose=False)["input_ids"]
         rows = torch.tensor(ids[: len(ids) // CONTEXT * CONTEXT]).reshape(-1, CONTEXT)
-        backbone = gpt2_parts(model).backbone
         parts = []
         with torch.inference_mode():
             for batch in rows.split(32):
-                hidden = backbone(batch, output_hidden_states=True, use_cache=False).hidden_states
+                hidden = model.transformer(batch, output_hidden_states=True, use_cache=False).hidden_states
                 parts.append(torch.stack(hidden[:SITES_SIDE_BY_SIDE], 2).flatten(0, 1).numpy())
         return np.concatenate(parts)
 
