@@ -8,7 +8,7 @@ import numpy as np
 
 from actcache.jobs.cost import Cost, Quantities, cost
 from actcache.jobs.grouping import padded_fraction, recomputed_fraction
-from actcache.jobs.memory_plan import BLOCKS_AT_ONCE, batch_positions, pipeline_bytes, staging_bytes
+from actcache.jobs.memory_plan import ALLOCATOR_BYTES, BLOCKS_AT_ONCE, batch_positions, pipeline_bytes, staging_bytes
 from actcache.jobs.prices import Prices
 from actcache.schemas.grid import Grid
 
@@ -194,15 +194,15 @@ def forecast(
 
 
 def memory_of(grid: Grid, sample: Sample) -> Memory:
-    """The most memory that a worker takes: what it holds anyway, and the larger of the proof and of the pipeline at work."""
+    """The most memory that a worker takes: what it holds anyway, the larger of the proof and of the pipeline at work, and slack."""
     pipeline = pipeline_bytes(grid)
     if sample.on_gpu:
         staged = staging_bytes(grid)  # rows that are on their way from the GPU are there too
         device = sample.model_bytes + max(sample.proof_bytes, sample.forward_bytes + staged)
-        peak = sample.resident_bytes + pipeline
+        peak = sample.resident_bytes + pipeline + ALLOCATOR_BYTES
     else:
         device = None
-        peak = sample.resident_bytes + max(sample.proof_bytes, sample.forward_bytes + pipeline)
+        peak = sample.resident_bytes + max(sample.proof_bytes, sample.forward_bytes + pipeline) + ALLOCATOR_BYTES
     return Memory(
         peak,
         sample.resident_bytes,

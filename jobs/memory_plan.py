@@ -13,6 +13,9 @@ STAGING_BYTES = 256 << 20
 SHARDS_AT_ONCE = 4
 """Shards of a block that are put together, hashed and sent at once."""
 
+ALLOCATOR_BYTES = 256 << 20
+"""What allocators keep and threads of libraries need beside: 150 MB were seen on two cores."""
+
 
 def staging_bytes(grid: Grid) -> int:
     """Room for activations between the model and the encoders: at least two sites of the largest batch."""

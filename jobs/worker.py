@@ -18,6 +18,7 @@ from actcache.cache.publish import publish, publish_array, publish_document
 from actcache.cache.reader import ArrayReader
 from actcache.cache.seal import environments_of, head_layout
 from actcache.cache.store import Store, open_store
+from actcache.jobs.allocator import few_arenas
 from actcache.jobs.anatomy import Studied
 from actcache.jobs.blocks import BlockRunner
 from actcache.jobs.cores import available_cores
@@ -79,6 +80,7 @@ class Worker:
     """Runs blocks, from any number of threads. `threads` is how many encode, by default one a core."""
 
     def __init__(self, store: Store, grid: Grid, chosen: Chosen, threads: int | None = None) -> None:
+        few_arenas()
         self._store = store
         self._grid = grid
         self._chosen = chosen
