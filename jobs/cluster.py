@@ -215,7 +215,7 @@ def on_cluster(job: Job, options: ClusterOptions, reporter: Reporter) -> Iterato
         threads = None
         if options.workers is not None:
             threads = max(1, available_cores() // options.workers)
-            cluster = stack.enter_context(_local_cluster(options.workers, threads, options.gpus_per_worker))
+            cluster = stack.enter_context(local_cluster(options.workers, threads, options.gpus_per_worker))
             client = stack.enter_context(distributed.Client(cluster, set_as_default=False))
         else:
             client = stack.enter_context(_connected(options))
@@ -252,7 +252,7 @@ def _connected(options: ClusterOptions) -> Iterator[distributed.Client]:
 
 
 @contextmanager
-def _local_cluster(workers: int, threads: int, gpus: int | None) -> Iterator[distributed.SpecCluster]:
+def local_cluster(workers: int, threads: int, gpus: int | None) -> Iterator[distributed.SpecCluster]:
     """Worker processes of this machine, each with its share of the cores, and with GPUs of its own where that is asked."""
     dashboard = "127.0.0.1:0" if find_spec("bokeh") is not None else None
     environment = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}

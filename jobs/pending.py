@@ -41,8 +41,8 @@ class PendingBlocks:
             len(blocks),
         )
 
-    def __bool__(self) -> bool:
-        return bool(self._pending or self._under_way)
+    def __len__(self) -> int:
+        return len(self._pending) + len(self._under_way)
 
     def run(self, engine: Engine) -> None:
         """Have every pending block run.

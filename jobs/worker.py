@@ -21,7 +21,7 @@ from actcache.cache.store import Store, open_store
 from actcache.jobs.allocator import few_arenas
 from actcache.jobs.anatomy import Studied
 from actcache.jobs.blocks import BlockRunner
-from actcache.jobs.cores import available_cores
+from actcache.jobs.cores import available_cores, step_back
 from actcache.jobs.determinism import deterministic
 from actcache.jobs.environment import environment
 from actcache.jobs.feeds import Feed
@@ -181,7 +181,7 @@ class Worker:
             if self._inside is None:
                 self._closing.enter_context(deterministic())
                 model_thread = self._closing.enter_context(ThreadPoolExecutor(1, "actcache-model"))
-                pool = self._closing.enter_context(ThreadPoolExecutor(self._threads, "actcache-encode"))
+                pool = self._closing.enter_context(ThreadPoolExecutor(self._threads, "actcache-encode", step_back))
                 self._inside = model_thread.submit(self._make, model_thread, pool).result()
             return self._inside
 
