@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import shutil
 import tempfile
@@ -18,6 +19,7 @@ from actcache.cache.reader import ArrayReader
 from actcache.cache.store import Store, open_store
 from actcache.jobs.anatomy import Studied
 from actcache.jobs.batches import TokenBatch
+from actcache.jobs.compiled import compile_blocks
 from actcache.jobs.encode import load_tokenizer
 from actcache.jobs.engine import in_process
 from actcache.jobs.feeds import TokenFeed
@@ -29,6 +31,7 @@ from actcache.jobs.progress import Silent
 from actcache.jobs.resolve import Resolved, resolve
 from actcache.jobs.tokenise import tokenise
 from actcache.jobs.worker import Worker
+from actcache.schemas.anatomy import Anatomy
 from actcache.schemas.grid import Grid
 from actcache.schemas.plan import PLAN_KEY
 from actcache.schemas.spec import Spec
@@ -39,7 +42,7 @@ TITLE = "build: the block stage (capture, statistics, encoding, storing) ÷ a ba
 NOTE = """  float32, sites 'resid', files in memory where there is /dev/shm; loading, tokenising, proof, replay and seal are outside.
   The blocks are small, so that the end, when nothing is left to compute beside the storing, weighs as little as in a long build."""
 GOAL = 0.97
-FULL, BACKBONE = "bare forward pass", "backbone without logits"
+FULL, BACKBONE, COMPILED = "bare forward pass", "backbone without logits", "backbone, blocks compiled"
 
 
 def run(material: Material) -> Iterator[Result]:
@@ -70,6 +73,7 @@ def _compare(material: Material, name: str, resolved: Resolved, goal: float | No
         times, tokens = _times(material.seconds, resolved, parts, _stores(Path(folder)))
     for peer in (FULL, BACKBONE):
         yield compare("build", f"{name} ÷ {peer}", times, "build", peer, goal=goal, amount=tokens, unit="tokens/s")
+    yield compare("build", f"{name}, {COMPILED} ÷ not", times, COMPILED, BACKBONE, amount=tokens, unit="tokens/s")
 
 
 def _times(seconds: float, resolved: Resolved, parts: ModelParts, stores: Iterator[Store]) -> tuple[Times, int]:
@@ -78,6 +82,10 @@ def _times(seconds: float, resolved: Resolved, parts: ModelParts, stores: Iterat
     grid, starts = _tokenised(store, resolved)
     feed = TokenFeed.stored(store, grid, starts, parts.device)
     batches = [batch for block in range(grid.n_blocks) for batch in feed.batches(*grid.block_range(block))]
+
+    backbone = parts.model.get_submodule(parts.model.base_model_prefix)
+    compiled = copy.deepcopy(backbone)
+    compile_blocks(ModelParts(compiled, _without_prefix(parts)))
 
     def build() -> float:
         store = next(stores)
@@ -95,11 +103,20 @@ def _times(seconds: float, resolved: Resolved, parts: ModelParts, stores: Iterat
         {
             FULL: timed(lambda: _forward(parts.model, batches)),
             "build": build,
-            BACKBONE: timed(lambda: _forward(parts.model.get_submodule(parts.model.base_model_prefix), batches)),
+            BACKBONE: timed(lambda: _forward(backbone, batches)),
+            COMPILED: timed(lambda: _forward(compiled, batches)),
         },
         seconds,
     )
     return times, grid.n_tokens
+
+
+def _without_prefix(parts: ModelParts) -> Anatomy:
+    """The anatomy with the blocks' paths within the backbone."""
+    prefix = f"{parts.model.base_model_prefix}."
+    return parts.anatomy.model_copy(
+        update={"blocks": tuple(path.removeprefix(prefix) for path in parts.anatomy.blocks)}
+    )
 
 
 @torch.inference_mode()

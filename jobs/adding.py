@@ -187,8 +187,10 @@ def _asked(spec: Spec, shape: ModelShape, base: ResolvedSpec) -> ResolvedSpec:
 
 def _execution(spec: Spec, base: ResolvedSpec) -> Execution:
     names = ("compute_dtype", "attention")
+    if spec.compile:
+        raise InvalidInput("--compile is for a dataset's first build; leave it out with --add-sites")
     execution = base.execution.model_copy(
-        update={name: value for name in names if (value := getattr(spec, name)) is not None}
+        update={name: value for name in names if (value := getattr(spec, name)) is not None} | {"compile": None}
     )
     # what a trial found for the first build holds for an added one: it takes no more room
     found = base.execution.batch_tokens or TOKENS_PER_BATCH

@@ -6,6 +6,7 @@ import numpy as np
 
 from actcache.cache.store import Store
 from actcache.jobs.batches import TokenBatch
+from actcache.jobs.compiled import compile_proven
 from actcache.jobs.feeds import Feed, ItemFeed, TokenFeed
 from actcache.jobs.model import load_model
 from actcache.jobs.parts import ModelParts
@@ -39,7 +40,23 @@ def feed_of(store: Store, grid: Grid, chosen: Chosen, sequence_start: np.ndarray
     return TokenFeed.stored(store, grid, sequence_start, parts.device)
 
 
-def proof_of(grid: Grid, parts: ModelParts, feed: Feed) -> dict[str, float]:
+def make_ready(grid: Grid, parts: ModelParts, feed: Feed) -> dict[str, float]:
+    """Prove on the first batch that the tensors are what they should be, and compile the blocks where the plan says so.
+
+    Returns the errors of the identities.
+
+    Raises:
+        ProofFailed: one does not hold.
+        Unsupported: the blocks cannot be compiled.
+    """
+    errors = _proof(grid, parts, feed)
+    if grid.plan.spec.execution.compile:
+        inputs = feed.inputs(feed.batches(*grid.block_range(0))[0])
+        errors["compiled"] = compile_proven(parts, grid.plan.spec.sites, inputs, grid.plan.spec.execution.compute_dtype)
+    return errors
+
+
+def _proof(grid: Grid, parts: ModelParts, feed: Feed) -> dict[str, float]:
     """The errors of the identities that the first batch must satisfy."""
     first, dtype = feed.batches(*grid.block_range(0))[0], grid.plan.spec.execution.compute_dtype
     if isinstance(first, TokenBatch) and parts.anatomy.head:

@@ -18,6 +18,7 @@ from actcache.cache.store import Store
 from actcache.jobs.anatomy import Studied, study
 from actcache.jobs.batches import Batch, touching
 from actcache.jobs.capture import read_sites
+from actcache.jobs.compiled import compile_blocks
 from actcache.jobs.determinism import deterministic
 from actcache.jobs.environment import device_name
 from actcache.jobs.feeds import Feed
@@ -48,7 +49,7 @@ def rerun(store: Store, root: SealedRoot, count: int, model: str | Path | Captur
     plans = [_plan(store, attributes, number) for number in range(len(attributes.generations))]
     source = _source(store, plans[0], model)
     sequence_start = ArrayReader(store, root.layouts["sequence_start"]).read()
-    loaded: dict[tuple[str, str], Studied] = {}
+    loaded: dict[tuple[str, ...], Studied] = {}
     for number, (plan, generation) in enumerate(zip(plans, attributes.generations, strict=True)):
         grid = Grid.of(plan, tokens, number)
         chosen = _chosen(store, plan, source, loaded)
@@ -68,13 +69,16 @@ def _plan(store: Store, attributes: RootAttributes, number: int) -> Plan:
     return plan
 
 
-def _chosen(store: Store, plan: Plan, source: ModelSource, loaded: dict[tuple[str, str], Studied]) -> Chosen:
+def _chosen(store: Store, plan: Plan, source: ModelSource, loaded: dict[tuple[str, ...], Studied]) -> Chosen:
     """A plan with its model, loaded once for all builds that ran it alike."""
     execution = plan.spec.execution
-    alike = (execution.compute_dtype, execution.attention)
+    alike = (execution.compute_dtype, execution.attention, str(execution.compile))
     if alike not in loaded:
-        studied = study(source, plan.spec.model, *alike)
-        loaded[alike] = Studied(studied.anatomy, loaded_parts(Chosen(plan, source, studied)).model)
+        studied = study(source, plan.spec.model, execution.compute_dtype, execution.attention)
+        parts = loaded_parts(Chosen(plan, source, studied))
+        if execution.compile:
+            compile_blocks(parts)
+        loaded[alike] = Studied(studied.anatomy, parts.model)
     chosen = Chosen(plan, source, loaded[alike])
     _check_own(store, plan, chosen)
     return chosen

@@ -16,6 +16,7 @@ from actcache.jobs.sequences import cutting_of, selection_of
 from actcache.jobs.source import ModelSource, source_of
 from actcache.jobs.special_ids import special_ids
 from actcache.jobs.torch_half import torch_half
+from actcache.schemas.anatomy import Anatomy
 from actcache.schemas.capturable import Capturable
 from actcache.schemas.dtypes import ACTIVATION_DTYPES, numpy_dtype
 from actcache.schemas.errors import InvalidInput
@@ -119,7 +120,11 @@ def resolve(
         )
     else:
         limits = limits_of_items(spec, context)
-    execution = Execution(compute_dtype=compute_dtype, attention=anatomy.attention, **limits)
+    if spec.compile:
+        _check_compilable(spec, anatomy, sites)
+    execution = Execution(
+        compute_dtype=compute_dtype, attention=anatomy.attention, compile=spec.compile or None, **limits
+    )
     resolved = ResolvedSpec(
         capture=CAPTURE_VERSION,
         model=identity,
@@ -187,6 +192,18 @@ def _compute_dtype(spec: Spec, source: ModelSource) -> str:
             f"{source.name}: the module computes in {own}; convert it, as with module.to(torch.float32), to compute in another"
         )
     return own
+
+
+def _check_compilable(spec: Spec, anatomy: Anatomy, sites: tuple[str, ...]) -> None:
+    """Refuse sites that are read within what would be compiled."""
+    if isinstance(spec.model, Capturable):
+        raise InvalidInput("--compile is for checkpoints; compile a module of your own yourself")
+    inside = tuple(f"{path}." for path in anatomy.blocks)
+    if within := [site for site in sites if anatomy.tap(site).module.startswith(inside)]:
+        raise InvalidInput(
+            f"--compile: {within[0]} is read inside a block, which is compiled as a whole; store sites between blocks alone, such as "
+            "'resid', or leave --compile out"
+        )
 
 
 def _check_items(spec: Spec) -> None:

@@ -20,7 +20,7 @@ from actcache.jobs.environment import device_name
 from actcache.jobs.feeds import Feed, ItemFeed, ReadTokens, TokenFeed
 from actcache.jobs.forecast import Sample
 from actcache.jobs.head import head_parts
-from actcache.jobs.loaded import loaded_parts, proof_of
+from actcache.jobs.loaded import loaded_parts, make_ready
 from actcache.jobs.memory_plan import batch_positions, staging_bytes
 from actcache.jobs.parts import ModelParts
 from actcache.jobs.resident import Peak, resident_bytes
@@ -55,7 +55,7 @@ def sample_here(chosen: Chosen, grid: Grid, sequence_start: np.ndarray, read: Re
         else:
             feed = TokenFeed(grid.plan.batches, sequence_start, read, parts.device)
         peak = Peak(parts.device)
-        proof_of(grid, parts, feed)
+        make_ready(grid, parts, feed)
         return sample(grid, parts, feed, available_cores(), peak.taken())
 
 

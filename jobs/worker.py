@@ -27,7 +27,7 @@ from actcache.jobs.environment import environment
 from actcache.jobs.feeds import Feed
 from actcache.jobs.forecast import Sample
 from actcache.jobs.head import head_parts
-from actcache.jobs.loaded import feed_of, loaded_parts, proof_of
+from actcache.jobs.loaded import feed_of, loaded_parts, make_ready
 from actcache.jobs.memory_plan import BLOCKS_AT_ONCE, staging_bytes
 from actcache.jobs.parts import ModelParts
 from actcache.jobs.replay import replay
@@ -191,7 +191,7 @@ class Worker:
         starts = ArrayReader(store, grid.token_arrays()["sequence_start"]).read()
         feed = feed_of(store, grid, self._chosen, starts, parts)
         peak = Peak(parts.device)
-        record = canonical(environment(parts, grid.plan.spec, proof_of(grid, parts, feed)))
+        record = canonical(environment(parts, grid.plan.spec, make_ready(grid, parts, feed)))
         proof_bytes = peak.taken()
         publish(store, f"{environments_of(grid.records)}{sha256(record)}.json", record)
         _store_head(store, grid, parts, pool)

@@ -77,6 +77,7 @@ class Spec(BaseModel):
         max_tokens: stop after this many tokens of the corpus.
         batch_tokens: tokens a forward pass, pads included, of sequences of like length; `auto` finds by trial what the device's
             memory allows. Default 8192.
+        compile: run the blocks compiled by `torch.compile`; for sites between blocks, such as `resid`.
         batch_size: so many sequences a forward pass instead, in their order, whatever their lengths.
         block_tokens: tokens a block: the unit of work and of commit, and the rows of a shard.
         chunk_tokens: rows of a chunk, the smallest piece that is read.
@@ -120,6 +121,7 @@ class Spec(BaseModel):
     max_tokens: int | None = Positive
     batch_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
     batch_size: int | None = Positive
+    compile: bool = False
     block_tokens: int | None = Positive
     chunk_tokens: int | None = Positive
     model_license: str | None = None
@@ -215,12 +217,16 @@ class Layout(Record):
 
 
 class Execution(Record):
-    """What else fixes the bits of a forward pass: `batch_tokens` a batch of sequences of like length, or `batch_size` sequences."""
+    """What else fixes the bits of a forward pass.
+
+    `batch_tokens` a batch of sequences of like length, or `batch_size` sequences; `compile` whether blocks are compiled.
+    """
 
     compute_dtype: DType
     attention: str
     batch_size: int | None = None
     batch_tokens: int | None = None
+    compile: bool | None = None
 
     @model_serializer(mode="wrap")
     def _one_limit(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:

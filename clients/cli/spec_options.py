@@ -130,6 +130,9 @@ spec_options: Callable[[F], F] = with_options(
         help="Tokens a forward pass; auto tries what fits.  [default: 8192]",
     ),
     click.option("--batch-size", type=int, metavar="B", help="Sequences a forward pass instead, in their order."),
+    click.option(
+        "--compile", is_flag=True, default=None, help="Compile the model's blocks; for sites between them, as 'resid'."
+    ),
     click.option("--block-tokens", type=int, metavar="T", help="Tokens a block and shard.  [default: about 64 MiB]"),
     click.option(
         "--chunk-tokens", type=int, metavar="t", help="Tokens a chunk, the least that is read.  [default: 512 KiB]"
