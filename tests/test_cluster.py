@@ -270,3 +270,27 @@ def _seal(url: Path) -> None:
         _, unfinished = seal_finished(open_store(url), pool)
     if unfinished:
         raise unfinished[0]
+
+
+@pytest.mark.xdist_group("s3")
+def test_workers_reach_s3_with_credentials_of_their_own(many_blocks: ac.Spec, s3: str, tmp_path: Path):
+    import cloudpickle
+
+    from actcache.cache.store import open_store
+    from actcache.jobs.cluster import Residence
+    from actcache.jobs.resolve import resolve
+    from actcache.jobs.worker import Job
+    from actcache.schemas.grid import Grid
+
+    spec = many_blocks.model_copy(update={"max_tokens": 1000})
+    url = f"{s3}workers"
+    watcher = Watcher()
+    result = ac.build(spec, url, workers=2, reporter=watcher)
+    assert result.manifest == ac.build(spec, tmp_path / "alone").manifest
+    resolved = resolve(spec)
+    job = Job(open_store(url).location, Grid(resolved.plan, 1, 1, 1), "m", None, resolved.studied.anatomy)
+    travels = cloudpickle.dumps(Residence("name", job, 1))
+    told = repr(watcher.notes) + repr(watcher.events)
+    for secret in (os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"]):
+        assert secret.encode() not in travels
+        assert secret not in told
