@@ -64,7 +64,9 @@ def test_rows_in_any_order_and_portions_are_the_very_same_shard(made, data: st.D
     for at in portions:
         rows = values[at]
         if data.draw(st.booleans(), "late"):
-            buffer = np.zeros_like(rows)  # as a device that is still copying into it: the values are there once asked for
+            buffer = np.zeros_like(
+                rows
+            )  # as a device that is still copying into it: the values are there once asked for
             ready = _fills(buffer, rows)
         else:
             buffer, ready = rows.copy(), None
@@ -141,11 +143,15 @@ def test_a_row_that_comes_twice_is_refused_whatever_else_is_missing(made, data: 
     if instead == twice:
         changed = np.append(order, order[twice])
     cuts = sorted(data.draw(st.lists(st.integers(0, len(changed)), max_size=3), "cuts"))
+    with pytest.raises(ValueError, match=r"twice|missing"):
+        _whole(layout, values, np.split(changed, cuts))
+
+
+def _whole(layout: ArrayLayout, values: np.ndarray, portions: list[np.ndarray]) -> memoryview:
     encoder = ShardEncoder(layout, POOL)
-    with pytest.raises(ValueError, match="twice|missing"):
-        for at in np.split(changed, cuts):
-            encoder.place(Placement(at), values[at])
-        encoder.finish()
+    for at in portions:
+        encoder.place(Placement(at), values[at])
+    return encoder.finish()
 
 
 @pytest.mark.parametrize("at", [[6, 7, 8], [8], [100]])
