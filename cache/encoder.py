@@ -29,9 +29,17 @@ class Part:
 
 
 class Placement:
-    """Where some rows go in shards, however these are cut: row i becomes the shard's row `at[i]`, each once."""
+    """Where some rows go in shards, however these are cut: row i becomes the shard's row `at[i]`, each once.
+
+    Raises:
+        ValueError: two rows have one place, or one is before the beginning.
+    """
 
     def __init__(self, at: np.ndarray | range) -> None:
+        if not isinstance(at, range) and len(at):
+            ordered = np.sort(at)
+            if ordered[0] < 0 or (np.diff(ordered) == 0).any():
+                raise ValueError("rows come twice, or before the beginning of their shard")
         self._at = at
         self._parts: dict[int, list[Part]] = {}
 
@@ -100,8 +108,9 @@ class ShardEncoder:
         Raises:
             ValueError: rows before the last one are missing.
         """
+        last = max([*self._begun, *self._pieces], default=0)
         for number, begun in sorted(self._begun.items()):
-            if begun.rows != begun.end:
+            if begun.rows != (begun.end if number == last else self._layout.chunk_rows):
                 raise ValueError(f"{self._layout.name}: rows of chunk {number} are missing")
             self._pieces[number] = self._pool.submit(_encode_begun, self._layout, begun)
         self._begun.clear()
@@ -114,14 +123,16 @@ class ShardEncoder:
         if part.chunk * layout.chunk_rows + part.end > layout.shard_rows:
             raise ValueError(f"{name}: more rows than the {layout.shard_rows} of a shard")
         begun = self._begun.get(part.chunk)
-        if part.chunk in self._pieces or (begun is not None and begun.rows + part.count > layout.chunk_rows):
+        if part.chunk in self._pieces or (begun is not None and begun.there[part.offsets].any()):
             raise ValueError(f"{name}: rows of chunk {part.chunk} came twice")
 
     def _count(self, part: Part) -> _Begun:
         layout = self._layout
         if part.chunk not in self._begun:
-            self._begun[part.chunk] = _Begun(np.empty((layout.chunk_rows, *layout.row_shape), layout.numpy_dtype))
+            empty = np.empty((layout.chunk_rows, *layout.row_shape), layout.numpy_dtype)
+            self._begun[part.chunk] = _Begun(empty, np.zeros(layout.chunk_rows, bool))
         begun = self._begun[part.chunk]
+        begun.there[part.offsets] = True
         begun.rows += part.count
         begun.end = max(begun.end, part.end)
         return begun
@@ -139,9 +150,10 @@ class ShardEncoder:
 
 @dataclass(eq=False)
 class _Begun:
-    """A chunk some of whose rows are there: how many, and the end of the last of them."""
+    """A chunk some of whose rows are there: which, how many, and the end of the last of them."""
 
     chunk: np.ndarray
+    there: np.ndarray
     copies: list[Future[None]] = field(default_factory=list)
     rows: int = 0
     end: int = 0

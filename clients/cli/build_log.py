@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Lock
@@ -13,7 +14,7 @@ from typing import IO, Any
 
 from actcache.jobs.forecast import Forecast
 from actcache.jobs.progress import Progress, Reporter
-from actcache.schemas.errors import InvalidInput
+from actcache.schemas.errors import InvalidInput, StoreError
 
 SECONDS_BETWEEN_STATES = 10.0
 
@@ -21,43 +22,63 @@ SECONDS_BETWEEN_STATES = 10.0
 class BuildLog:
     """The file of a log, begun with its first line: who finds nothing to do leaves none.
 
-    It is where the user says, or in `$XDG_STATE_HOME/actcache` (`~/.local/state/actcache`); there it is left out where it
-    cannot be written.
+    It is where the user says, or in `$XDG_STATE_HOME/actcache` (`~/.local/state/actcache`); there it is left out, or ends,
+    where it cannot be written.
     """
 
     def __init__(self, url: str, asked: str | None) -> None:
         self.path = _default(url) if asked is None else Path(asked).expanduser()
         self._must = asked is not None
         self._file: IO[str] | None = None
+        self._given_up = False
         self._lock = Lock()
         if self._must:
             self._open()
 
     def write(self, name: str, **facts: Any) -> bool:
-        """Write a line. True if it is the first one."""
+        """Write a line. True if it is the first one.
+
+        Raises:
+            StoreError: it cannot be written where the user wants it; that is told once.
+        """
         line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": name, **facts}
         with self._lock:
-            first = self._file is None and (self._must or self._may_open())
-            if self._file is not None:
+            first = self._file is None and not self._given_up and self._may_open()
+            if self._file is None:
+                return False
+            try:
                 self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            except OSError as error:
+                self._given_up = True
+                self._let_go()
+                if self._must:
+                    raise StoreError(f"--log {self.path}: cannot be written: {error.strerror}") from None
+                return False
         return first
 
     def close(self) -> None:
         """End the file."""
-        if self._file is not None:
-            self._file.close()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            with suppress(OSError):  # what is not written yet is lost, and that was told
+                file.close()
 
     def _may_open(self) -> bool:
         try:
             self._open()
         except InvalidInput:
+            self._given_up = True
             return False
         return True
 
     def _open(self) -> None:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a", encoding="utf-8", buffering=1)
+            # the name of a file may hold bytes that are no text: they are written as JSON escapes them
+            self._file = self.path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
         except OSError as error:
             raise InvalidInput(f"--log {self.path}: cannot be written: {error.strerror}") from None
 

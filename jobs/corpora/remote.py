@@ -142,7 +142,7 @@ def remote_files(pattern: str, access: Access) -> list[RemoteFile]:
         url = found if "://" in found else f"{scheme}://{found}"
         info = infos[found]
         if scheme != "s3" and magic:  # a listing of web pages says nothing of the files
-            with _translated(url):
+            with _translated(without_query(url)):
                 info = system.info(url)
         name = _name(without_query(url), shown if magic else None)
         source = Source(name=name, bytes=_size(info), validator=_validator(info, without_query(url)))
@@ -153,8 +153,8 @@ def remote_files(pattern: str, access: Access) -> list[RemoteFile]:
 
 
 def without_query(url: str) -> str:
-    """A URL as it may be shown: signatures stand in the query."""
-    return url.split("?", 1)[0] if url.startswith(("http://", "https://")) else url
+    """A URL as it may be shown: signatures stand in the query, and a password may stand before the host."""
+    return re.sub(r"//[^/@]*@", "//", url.split("?", 1)[0]) if url.startswith(("http://", "https://")) else url
 
 
 def _name(url: str, pattern: str | None) -> str:
@@ -218,9 +218,7 @@ def _translated(where: str) -> Iterator[None]:
         if "NoSuchBucket" in str(error.__cause__):
             raise StoreError(f"{where}: there is no such bucket") from None
         cause = error.__cause__
-        said = (
-            f" ({' '.join(str(cause).split())[:200]})" if cause is not None and not str(cause).startswith("An") else ""
-        )
+        said = f" ({_shown(str(cause))[:200]})" if cause is not None and not str(cause).startswith("An") else ""
         raise InvalidInput(f"{where}: no such file{said}") from None
     except PermissionError as error:
         raise StoreError(f"{where}: access refused ({_first(error)}); check the credentials") from None
@@ -230,4 +228,9 @@ def _translated(where: str) -> Iterator[None]:
 
 def _first(error: BaseException) -> str:
     text = str(error) or type(error).__name__
-    return without_query(" ".join(text.splitlines()[0].split()))[:300]
+    return _shown(text.splitlines()[0])[:300]
+
+
+def _shown(text: str) -> str:
+    """The words of a library's error on one line, each URL in them as it may be shown."""
+    return re.sub(r"https?://[^\s'\"()]+", lambda found: without_query(found[0]), " ".join(text.split()))
