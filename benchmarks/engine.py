@@ -62,9 +62,14 @@ class Idle(WorkerPlugin):  # type: ignore[misc]  # distributed has no types
     def __init__(self, name: str) -> None:
         self.name = name
 
+    is_full = False
+
     def worker(self) -> Idle:
         """Itself."""
         return self
+
+    def well(self) -> None:
+        """A block is done."""
 
     def perform(self, block: int) -> Done:
         """A block that needs nothing."""
@@ -106,7 +111,7 @@ def _milliseconds_a_block(folder: Path) -> float:
     store, grid, _ = _begun(folder, TINY)
     with local_cluster(2, 1, None) as cluster, distributed.Client(cluster, set_as_default=False) as client:
         client.register_plugin(Idle("idle"))
-        engine = OnCluster(client, "idle", ClusterOptions(2))
+        engine = OnCluster(client, "idle", ClusterOptions(2), Silent())
         pending = PendingBlocks(store, grid, None, Silent())
         began = time.perf_counter()
         pending.run(engine)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 
 from actcache.cache.encoder import Placement, ShardEncoder, encode_shard
 from actcache.cache.publish import PublishedShard, publish, publish_shard
@@ -30,6 +32,9 @@ from actcache.schemas.errors import Corrupt, OutOfRange
 from actcache.schemas.grid import Grid
 from actcache.schemas.plan import StoredObject
 from actcache.schemas.receipt import Receipt, receipt_key, statistics_key
+
+_one_blas = Lock()
+"""The number of BLAS threads is the process's: who sets it must be alone."""
 
 Tick = Callable[[int], None]
 
@@ -95,47 +100,56 @@ class BlockRunner:
         computed = Computed(block, start, stop, encoders, {site: [] for site in sites}, outputs, quantised)
         with self._meter.busy("forward"):
             for batch in batches:
-                self._run(batch, computed)
+                self._run(batch, tick, computed)
                 tick(len(batch.tokens))
                 _raise_first(computed)
                 quantised.drain()
         return computed
 
-    def _run(self, batch: Batch, computed: Computed) -> None:
+    def _run(self, batch: Batch, tick: Tick, computed: Computed) -> None:
         spec = self._grid.plan.spec
         placement = Placement(batch.tokens - computed.start)
 
         def take(site: str, tensor: torch.Tensor) -> None:
             with self._meter.paused("forward"):
-                self._take(site, tensor, batch, placement, computed)
+                self._take(site, tensor, batch, placement, tick, computed)
 
         whole = bool(computed.outputs.names)
         state = run(self._parts, self._feed.inputs(batch), spec.sites, take, whole)
         if state is not None and isinstance(batch, TokenBatch) and whole:
             computed.outputs.append(self._parts, state, batch)
 
-    def _take(self, site: str, tensor: torch.Tensor, batch: Batch, placement: Placement, computed: Computed) -> None:
+    def _take(
+        self, site: str, tensor: torch.Tensor, batch: Batch, placement: Placement, tick: Tick, computed: Computed
+    ) -> None:
         """Copy a site's kept rows and have them encoded, measured and quantised."""
         narrows = tensor.dtype != self._stored
-        wanted = computed.quantised.wants_computed and narrows
-        size = len(batch.tokens) * tensor.shape[-1] * (self._stored.itemsize + wanted * tensor.dtype.itemsize)
-        self._wait_for_room(size, computed)
-        with self._meter.busy("copy"):
-            rows = self._transfer.select(tensor, batch)
-            stored = self._transfer.take(rows.to(self._stored))
-            computed_rows = self._transfer.take(rows) if wanted else stored
+        size = len(batch.tokens) * tensor.shape[-1] * (self._stored.itemsize + narrows * tensor.dtype.itemsize)
+        self._wait_for_room(size, tick, computed)
         readers: list[Future[Any]] = []
-        if site in computed.encoders:
-            readers += computed.encoders[site].place(placement, stored.rows, stored.ready)
-        inspected = self._pool.submit(_inspect, site, batch.tokens, stored, rows if narrows else None)
-        computed.measured[site].append(inspected)
-        readers += [inspected, *computed.quantised.append(site, batch.tokens, placement, computed_rows)]
-        self._staging.give_back_after(size, readers)
+        try:
+            with self._meter.busy("copy"):
+                rows = self._transfer.select(tensor, batch)
+                stored = self._transfer.take(rows.to(self._stored))
+                wide = self._transfer.take(rows) if computed.quantised.wants_computed and narrows else stored
+            inspected = self._pool.submit(_inspect, site, batch.tokens, stored, rows if narrows else None)
+            readers.append(inspected)
+            computed.measured[site].append(inspected)
+            if site in computed.encoders:
+                readers += computed.encoders[site].place(placement, stored.rows, stored.ready)
+            readers += computed.quantised.append(site, batch.tokens, placement, wide)
+        finally:
+            self._staging.give_back_after(size, readers)
 
-    def _wait_for_room(self, size: int, computed: Computed) -> None:
+    def _wait_for_room(self, size: int, tick: Tick, computed: Computed) -> None:
         """Wait until the encoding has room. A GPU that computes all the while is counted as busy."""
         began = self._meter.clock()
-        self._staging.take(size, lambda: _raise_first(computed))
+
+        def check() -> None:
+            tick(0)
+            _raise_first(computed)
+
+        self._staging.take(size, check)
         if self._transfer.computing():
             self._meter.add("forward", self._meter.clock() - began)
 
@@ -164,7 +178,8 @@ class BlockRunner:
         norms = encode_shard(grid.norm, np.stack([norms for _, _, norms in stored], axis=1), self._pool)
         shards.append(self._put(grid.norm, block, norms))
         shards += outputs
-        damage = computed.quantised.damage(self._head)
+        with _one_blas, threadpool_limits(1, "blas"):  # its products' last bits depend on the number of threads
+            damage = computed.quantised.damage(self._head)
         statistics, other = self._publish_statistics(block, [moments for _, moments, _ in stored])
         receipt = Receipt(
             block=block,

@@ -52,6 +52,11 @@ class Checkpoint:
         return self.name if self.revision is not None else str(self.folder.absolute())
 
     @property
+    def ready(self) -> None:
+        """It must be loaded."""
+        return
+
+    @property
     def family(self) -> str:
         """Its `model_type`.
 

@@ -7,12 +7,15 @@ the worker; the model is loaded there when the first block comes.
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
+import platform
 import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -20,16 +23,17 @@ from threading import Lock, Thread
 from typing import Any
 
 import distributed
+import torch
 from distributed.diagnostics.plugin import WorkerPlugin
 
 from actcache.jobs.cores import available_cores
-from actcache.jobs.engine import POLL_SECONDS, Event, Failed
+from actcache.jobs.engine import POLL_SECONDS, Event, Failed, hopeless
 from actcache.jobs.forecast import Sample
 from actcache.jobs.memory_plan import BLOCKS_AT_ONCE
 from actcache.jobs.options import ClusterOptions
 from actcache.jobs.progress import Reporter
-from actcache.jobs.worker import Job, Worker
-from actcache.schemas.errors import InvalidInput, StoreError
+from actcache.jobs.worker import Done, Job, Stopped, Worker
+from actcache.schemas.errors import ActcacheError, InvalidInput, StoreError
 from actcache.schemas.root import ReplayResult
 
 WINDOW = 2000
@@ -37,17 +41,27 @@ WINDOW = 2000
 CONNECT_SECONDS = 30
 LOST_SECONDS = 15.0
 COUNT_SECONDS = 2.0
+FULL_SECONDS = 1.0
+ALONE_SECONDS = 15.0
+MOST_REST_SECONDS = 30.0
+PREFIX = "actcache-"
+NO_GUARD = (
+    "a script that builds with workers must do so below 'if __name__ == \"__main__\":', since each of them imports it"
+)
 
 
 class Residence(WorkerPlugin):  # type: ignore[misc]  # distributed has no types
     """The job of a build on one worker process, and what runs its blocks there once the first has come."""
 
-    def __init__(self, name: str, job: Job, threads: int | None) -> None:
+    def __init__(self, name: str, job: Job, threads: int | None, gpus: int) -> None:
         self.name = name
         self._job = job
         self._threads = threads
+        self._gpus = gpus
         self._worker: Worker | None = None
         self._opening: Lock | None = None
+        self._ended = False
+        self._failures = 0
         self._cores = 1
 
     def setup(self, worker: Any) -> None:
@@ -57,69 +71,130 @@ class Residence(WorkerPlugin):  # type: ignore[misc]  # distributed has no types
 
     def teardown(self, worker: Any) -> None:
         """Called by Dask when the build or the worker ends."""
+        self._ended = True
         if self._worker is not None:
             self._worker.stop()
-            Thread(target=self._worker.close, name="actcache-close").start()  # this is the event loop's thread
-            self._worker = None
+        Thread(target=self._close, name="actcache-close", daemon=True).start()  # this is the event loop's thread
 
     def worker(self) -> Worker:
-        """What runs blocks here."""
+        """What runs blocks here, its model loaded.
+
+        Raises:
+            InvalidInput: the model is not here, or fewer GPUs than each worker should have.
+            Stopped: the build has ended.
+        """
         assert self._opening is not None
         with self._opening:
             if self._worker is None:
-                import torch
-
                 torch.set_num_threads(self._cores)  # Dask's own default is one
-                self._worker = Worker.of(self._job, self._cores)
-            return self._worker
+                if torch.cuda.device_count() < self._gpus:
+                    raise InvalidInput(
+                        f"--gpus-per-worker {self._gpus}: {platform.node()} shows this worker {torch.cuda.device_count()} GPUs"
+                    )
+                self._worker = Worker.of(self._job, max(BLOCKS_AT_ONCE, self._cores))
+            if self._ended:
+                self._worker.stop()
+            worker = self._worker
+        worker.prepare()
+        return worker
+
+    def rest(self) -> None:
+        """Wait after a failure, longer each time, so that a worker that fails at once does not take every block."""
+        self._failures += 1
+        time.sleep(min(2.0 ** (self._failures - 1), MOST_REST_SECONDS))
+
+    def well(self) -> None:
+        """A block was stored here."""
+        self._failures = 0
+
+    def _close(self) -> None:
+        assert self._opening is not None
+        with self._opening:
+            if self._worker is not None:
+                self._worker.close()
 
 
-def _here(name: str) -> Worker:
-    residence: Residence = distributed.get_worker().plugins[name]
-    return residence.worker()
+@dataclass(frozen=True)
+class Broken:
+    """A block failed on a worker. `opening`: before the model was there, so that it may go well elsewhere."""
+
+    block: int
+    error: Exception
+    address: str
+    opening: bool
 
 
-def _run_block(name: str, block: int) -> Any:
-    return _here(name).perform(block)
+def _run_block(name: str, block: int) -> Done | Broken:
+    here = distributed.get_worker()
+    residence: Residence = here.plugins[name]
+    try:
+        worker = residence.worker()
+    except Stopped:
+        raise
+    except Exception as error:
+        residence.rest()
+        return Broken(block, error, here.address, opening=True)
+    if worker.is_full:
+        time.sleep(FULL_SECONDS)
+        raise distributed.Reschedule  # a worker of many threads must not keep blocks from others
+    try:
+        done = worker.perform(block)
+    except Stopped:
+        raise
+    except Exception as error:
+        residence.rest()
+        return Broken(block, error, here.address, opening=False)
+    residence.well()
+    return done
 
 
 def _replay(name: str) -> ReplayResult:
-    return _here(name).replay()
+    return _worker_here(name).replay()
 
 
 def _sample(name: str, limit: int) -> Sample:
-    return _here(name).sample(limit)
+    return _worker_here(name).sample(limit)
+
+
+def _worker_here(name: str) -> Worker:
+    residence: Residence = distributed.get_worker().plugins[name]
+    return residence.worker()
 
 
 class OnCluster:
     """Hands blocks to a Dask scheduler."""
 
-    window = WINDOW
-
-    def __init__(self, client: distributed.Client, name: str, options: ClusterOptions) -> None:
+    def __init__(self, client: distributed.Client, name: str, options: ClusterOptions, reporter: Reporter) -> None:
         self.retries = options.retries
         self._client = client
         self._name = name
-        self._resources = {"GPU": options.gpus_per_worker} if options.gpus_per_worker else None
+        self._reporter = reporter
+        # of a worker's GPUs each of its blocks takes a part, so that two are under way there as well
+        gpus = options.gpus_per_worker
+        self._resources = {"GPU": gpus / BLOCKS_AT_ONCE} if gpus else None
         self._finished: SimpleQueue[tuple[int, distributed.Future]] = SimpleQueue()
         self._futures: dict[int, distributed.Future] = {}
+        self._failed_at: dict[int, set[str]] = {}
         self._events: deque[Event] = deque()
-        self._heard = time.monotonic()
+        self._heard = self._served = time.monotonic()
         self._counted = -COUNT_SECONDS
-        self._workers = 0
+        self._addresses: set[str] = set()
+        self._told_alone = False
+
+    @property
+    def window(self) -> int:
+        """See `Engine`. Tasks that ask for a resource do not wait at the scheduler but on a worker, where they are lost with it."""
+        return WINDOW if self._resources is None else 2 * BLOCKS_AT_ONCE * max(1, self.workers)
 
     @property
     def workers(self) -> int:
         """See `Engine`."""
-        now = time.monotonic()
-        if now - self._counted > COUNT_SECONDS:
-            self._counted = now
-            with suppress(Exception):  # the scheduler may be gone: `next` tells
-                self._workers = len(self._client.scheduler_info(n_workers=-1)["workers"])
-        return self._workers
+        return len(self._there())
 
     def submit(self, block: int) -> None:
         """See `Engine`."""
+        elsewhere = sorted(self._there() - self._failed_at.get(block, set()))
+        again = {"workers": elsewhere, "allow_other_workers": True} if block in self._failed_at and elsewhere else {}
         future = self._client.submit(
             _run_block,
             self._name,
@@ -127,6 +202,7 @@ class OnCluster:
             key=f"{self._name}-{block}-{uuid.uuid4().hex[:8]}",
             pure=False,
             resources=self._resources,
+            **again,
         )
         self._futures[block] = future
         future.add_done_callback(lambda done, block=block: self._finished.put((block, done)))
@@ -147,23 +223,26 @@ class OnCluster:
         found: Sample = self._call(_sample, limit)
         return found
 
-    def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Run something on one worker and wait for it."""
-        future = self._client.submit(
-            function, self._name, *arguments, pure=False, retries=self.retries, resources=self._resources
-        )
-        while not future.done():
-            time.sleep(POLL_SECONDS)
-            self._check_scheduler()
-        if future.status != "finished":
-            raise _error(future)
-        return future.result()
-
     def cancel(self) -> None:
         """Have no more blocks begun."""
         with suppress(Exception):  # the scheduler may be gone, and then they are
             self._client.cancel(list(self._futures.values()), force=True)
         self._futures.clear()
+
+    def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Run something on one worker and wait for it; again on another one unless that is hopeless."""
+        for attempt in range(self.retries + 1):
+            future = self._client.submit(function, self._name, *arguments, pure=False, resources=self._resources)
+            while not future.done():
+                time.sleep(POLL_SECONDS)
+                self._check_scheduler()
+                self._check_workers()
+            if future.status == "finished":
+                return future.result()
+            error = _error(future)
+            if hopeless(error) or attempt == self.retries:
+                raise error
+        raise AssertionError
 
     def _collect(self) -> None:
         """Wait a little for blocks that ended, and fetch what became of all of them at once."""
@@ -175,6 +254,9 @@ class OnCluster:
                 block, future = self._finished.get_nowait()
                 ended[block] = future
         self._check_scheduler()
+        if not ended:
+            self._check_workers()
+            return
         ended = {block: future for block, future in ended.items() if self._futures.get(block) is future}
         fine = {block: future for block, future in ended.items() if future.status == "finished"}
         for block, future in ended.items():
@@ -182,9 +264,35 @@ class OnCluster:
             if block not in fine:
                 self._events.append(Failed(block, _error(future)))
         try:
-            self._events.extend(self._client.gather(list(fine.values())) if fine else ())
+            self._events.extend(map(self._told, self._client.gather(list(fine.values())) if fine else ()))
         except Exception as error:  # a worker that died with its results: they are found stored
             self._events.extend(Failed(block, error) for block in fine)
+
+    def _told(self, found: Done | Broken) -> Event:
+        self._served = time.monotonic()
+        if isinstance(found, Done):
+            return found
+        self._failed_at.setdefault(found.block, set()).add(found.address)
+        return Failed(found.block, found.error, elsewhere=found.opening)
+
+    def _there(self) -> set[str]:
+        now = time.monotonic()
+        if now - self._counted > COUNT_SECONDS:
+            self._counted = now
+            with suppress(Exception):  # the scheduler may be gone: `next` tells
+                self._addresses = set(self._client.scheduler_info(n_workers=-1)["workers"])
+        return self._addresses
+
+    def _check_workers(self) -> None:
+        """Tell, once, that nobody is there to do anything."""
+        if self._told_alone or time.monotonic() - self._served < ALONE_SECONDS:
+            return
+        offered = self._client.scheduler_info(n_workers=-1)["workers"].values()
+        need = (self._resources or {}).get("GPU", 0)
+        if not any((worker.get("resources") or {}).get("GPU", 0) >= need for worker in offered):
+            what = f"with --resources GPU={need * BLOCKS_AT_ONCE:g}" if need else "to this scheduler"
+            self._reporter.note(f"no worker is there yet that can run blocks; the build waits: add workers {what}")
+            self._told_alone = True
 
     def _check_scheduler(self) -> None:
         now = time.monotonic()
@@ -198,10 +306,27 @@ class OnCluster:
 
 
 def _error(future: distributed.Future) -> Exception:
-    if future.status == "error":
-        error = future.exception()
-        return error if isinstance(error, Exception) else RuntimeError(str(error))
-    return ConnectionError(f"the task was {future.status}")
+    if future.status != "error":
+        return ConnectionError(f"the task was {future.status}")
+    error = future.exception()
+    if isinstance(error, distributed.KilledWorker):
+        return ActcacheError(
+            "every worker that was given it died, most likely for want of memory: 'actcache plan' tells how much a worker takes, "
+            "smaller --block-tokens or --batch-tokens take less"
+        )
+    return error if isinstance(error, Exception) else RuntimeError(str(error))
+
+
+def _forget_dead_builds(client: distributed.Client) -> None:
+    """Remove from all workers the jobs of builds whose process is no more."""
+
+    def names(dask_scheduler: Any) -> list[str]:
+        there = set(dask_scheduler.clients)
+        found = [name for name in dask_scheduler.worker_plugins if str(name).startswith(PREFIX)]
+        return [name for name in found if not any(client_id in name for client_id in there)]
+
+    for name in client.run_on_scheduler(names):
+        client.unregister_worker_plugin(name)
 
 
 @contextmanager
@@ -215,15 +340,20 @@ def on_cluster(job: Job, options: ClusterOptions, reporter: Reporter) -> Iterato
         threads = None
         if options.workers is not None:
             threads = max(1, available_cores() // options.workers)
-            cluster = stack.enter_context(local_cluster(options.workers, threads, options.gpus_per_worker))
+            gpus = options.gpus_per_worker
+            if gpus is None and 0 < options.workers <= torch.cuda.device_count():
+                gpus = 1
+            cluster = stack.enter_context(local_cluster(options.workers, threads, gpus))
+            options = replace(options, gpus_per_worker=gpus)
             client = stack.enter_context(distributed.Client(cluster, set_as_default=False))
         else:
             client = stack.enter_context(_connected(options))
         if find_spec("bokeh") is not None:
             reporter.note(f"Dask dashboard: {client.dashboard_link}")
-        name = f"actcache-{job.grid.plan.key[:12]}-{uuid.uuid4().hex[:8]}"
-        client.register_plugin(Residence(name, job, threads))
-        engine = OnCluster(client, name, options)
+        _forget_dead_builds(client)
+        name = f"{PREFIX}{job.grid.plan.key[:12]}-{client.id}"
+        client.register_plugin(Residence(name, job, threads, options.gpus_per_worker or 0))
+        engine = OnCluster(client, name, options, reporter)
         try:
             yield engine
         finally:
@@ -276,9 +406,11 @@ def local_cluster(workers: int, threads: int, gpus: int | None) -> Iterator[dist
         "cls": distributed.Scheduler,
         "options": {"host": "127.0.0.1", "port": 0, "dashboard": dashboard is not None, "dashboard_address": dashboard},
     }
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise InvalidInput(NO_GUARD)  # this is a worker process that imports the script again
     before = dict(os.environ)  # Dask sets what its workers are to find in this process too
     try:
-        with distributed.SpecCluster(spec, scheduler, silence_logs=logging.CRITICAL) as cluster:
+        with _started(spec, scheduler) as cluster:
             yield cluster
     finally:
         for name in set(os.environ) - set(before):
@@ -286,12 +418,21 @@ def local_cluster(workers: int, threads: int, gpus: int | None) -> Iterator[dist
         os.environ.update(before)
 
 
+def _started(spec: dict[int, Any], scheduler: dict[str, Any]) -> distributed.SpecCluster:
+    try:
+        return distributed.SpecCluster(spec, scheduler, silence_logs=logging.CRITICAL)
+    except RuntimeError as error:
+        if "Nanny failed to start" in str(error):
+            raise StoreError(f"the worker processes do not start: {NO_GUARD}") from None
+        raise
+
+
 def _devices(number: int, gpus: int | None) -> dict[str, str]:
     """Which GPUs a worker of this number sees, of those that this process does."""
     if gpus is None:
         return {}
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = [name.strip() for name in given.split(",")] if given else None
+    names = None if given is None else [name.strip() for name in given.split(",") if name.strip()]
     own = range(number * gpus, (number + 1) * gpus)
     if names is not None and own.stop > len(names):
         raise InvalidInput(

@@ -5,18 +5,52 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from threading import Lock
 from typing import Any
 
 import torch
 
 
+class _Settings:
+    """What is set while anybody wants it, and what was before; the settings are the process's."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._users = 0
+        self._closing = ExitStack()
+
+    def begin(self) -> None:
+        with self._lock:
+            if self._users == 0:
+                self._closing.enter_context(_set())
+            self._users += 1
+
+    def end(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                self._closing.close()
+
+
+_settings = _Settings()
+
+
 @contextmanager
 def deterministic() -> Iterator[None]:
-    """Deterministic kernels where there are any, full float32 products, no tuning by trial; restored at the end.
+    """Deterministic kernels where there are any, full float32 products, no tuning by trial; restored when the last user ends.
 
     A kernel that has no deterministic form still runs: what differs is found by replay, and stored as `mixed_attempts`.
     """
+    _settings.begin()
+    try:
+        yield
+    finally:
+        _settings.end()
+
+
+@contextmanager
+def _set() -> Iterator[None]:
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),

@@ -12,6 +12,7 @@ from typing import Protocol
 from actcache.jobs.forecast import Sample
 from actcache.jobs.memory_plan import BLOCKS_AT_ONCE
 from actcache.jobs.worker import Done, Worker
+from actcache.schemas.errors import ActcacheError, InvalidInput, StoreError
 from actcache.schemas.root import ReplayResult
 
 POLL_SECONDS = 0.5
@@ -27,20 +28,35 @@ class Ticked:
 
 @dataclass(frozen=True)
 class Failed:
-    """A block ended with an error; nothing of it is lost that was stored."""
+    """A block ended with an error; nothing of it is lost that was stored. `elsewhere`: it may go well on another worker."""
 
     block: int
     error: Exception
+    elsewhere: bool = False
+
+    @property
+    def is_final(self) -> bool:
+        """Whether trying again is of no use."""
+        return hopeless(self.error) and not (self.elsewhere and isinstance(self.error, InvalidInput))
 
 
 Event = Done | Failed | Ticked
 
 
-class Engine(Protocol):
-    """Runs blocks somewhere. `window` is how many it should be given at once, `retries` how often a block may fail."""
+def hopeless(error: Exception) -> bool:
+    """Whether the same would happen again: of our own errors all but those of a store."""
+    return isinstance(error, ActcacheError) and not isinstance(error, StoreError)
 
-    window: int
+
+class Engine(Protocol):
+    """Runs blocks somewhere. `retries` says how often a block may fail."""
+
     retries: int
+
+    @property
+    def window(self) -> int:
+        """How many blocks it should be given at once."""
+        ...
 
     @property
     def workers(self) -> int:

@@ -76,6 +76,7 @@ class Forecast:
     Attributes:
         key: the dataset's key; of a build whose batch size is found by trial, the key if this trial's result is kept.
         n_tokens, n_sequences, n_documents: of the token axis; `exact` says whether they are counted, `basis` what they rest on.
+        tokens_left: those that are to be run yet; requests, time and the cost of the build are for these.
         sites: how many are stored.
         blocks, block_tokens, chunk_tokens, batch_tokens: how the work is cut; `batch_tokens` counts pads.
         recomputed: tokens run twice since their sequence crosses blocks, a token.
@@ -91,6 +92,7 @@ class Forecast:
 
     key: str
     n_tokens: int
+    tokens_left: int
     n_sequences: int
     n_documents: int
     exact: bool
@@ -136,9 +138,15 @@ def counted(sequence_start: np.ndarray) -> Counted:
 
 
 def forecast(
-    grid: Grid, counted: Counted, sample: Sample, workers: int, prices: Prices, provider: str | None
+    grid: Grid,
+    counted: Counted,
+    sample: Sample,
+    workers: int,
+    prices: Prices,
+    provider: str | None = None,
+    left: int | None = None,
 ) -> Forecast:
-    """Put together what is known of a build.
+    """Put together what is known of a build of which `left` tokens are to be run yet, by default all.
 
     Raises:
         InvalidInput: no provider of that name.
@@ -148,9 +156,10 @@ def forecast(
     raw, stored = _bytes(grid, sample)
     objects, shards = count_objects(grid, sample)
     rate = sample.tokens / sample.seconds
-    run = grid.n_tokens * (1 + recomputed)
+    left = grid.n_tokens if left is None else left
+    run = left * (1 + recomputed)
     seller, compute = prices.provider(provider), prices.compute_of(sample.device if sample.on_gpu else "cpu")
-    puts = objects + FIXED_REQUESTS + grid.n_blocks // 1000
+    puts = FIXED_REQUESTS + grid.n_blocks // 1000 + objects * left // grid.n_tokens
     quantities = Quantities(
         bytes_stored=stored,
         put_requests=puts,
@@ -162,6 +171,7 @@ def forecast(
     return Forecast(
         key=plan.key,
         n_tokens=grid.n_tokens,
+        tokens_left=left,
         n_sequences=grid.n_sequences,
         n_documents=grid.n_documents,
         exact=counted.exact,

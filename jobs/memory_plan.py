@@ -29,10 +29,12 @@ def batch_positions(plan: Plan) -> int:
 
 
 def largest_batch_bytes(grid: Grid) -> int:
-    """Most bytes of one site of one batch, as stored; the kept tokens of a batch are those of its block."""
+    """Most bytes of one site of one batch, as computed and as stored; the kept tokens of a batch are those of its block."""
     tokens = min(batch_positions(grid.plan), grid.block_range(0)[1])
     width = max(grid.width(site) for site in grid.plan.spec.sites)
-    return tokens * width * numpy_dtype(grid.plan.spec.stored_dtype).itemsize
+    stored, computed = grid.plan.spec.stored_dtype, grid.plan.spec.execution.compute_dtype
+    dtypes = {stored, computed}  # both are held where values are narrowed
+    return tokens * width * sum(numpy_dtype(dtype).itemsize for dtype in dtypes)
 
 
 def block_bytes(grid: Grid) -> int:

@@ -51,6 +51,11 @@ class OwnModel:
         return self.capturable
 
     @property
+    def ready(self) -> nn.Module:
+        """The module."""
+        return self.module
+
+    @property
     def family(self) -> str:
         """That it is the user's own."""
         return OWN

@@ -10,7 +10,7 @@ from actcache.jobs.engine import Engine, Event, Failed, Ticked
 from actcache.jobs.progress import Progress, Reporter
 from actcache.jobs.stages import Usage
 from actcache.jobs.worker import Done
-from actcache.schemas.errors import ActcacheError, StoreError
+from actcache.schemas.errors import ActcacheError
 from actcache.schemas.grid import Grid
 from actcache.schemas.part import Part
 from actcache.schemas.receipt import receipt_key, receipts_of
@@ -40,6 +40,11 @@ class PendingBlocks:
             len(blocks) - len(self._pending),
             len(blocks),
         )
+
+    @property
+    def tokens_left(self) -> int:
+        """Tokens of the blocks that are not stored."""
+        return sum(map(self._length, (*self._pending, *self._under_way)))
 
     def __len__(self) -> int:
         return len(self._pending) + len(self._under_way)
@@ -103,14 +108,13 @@ class PendingBlocks:
 
     def _failed(self, failed: Failed, engine: Engine) -> None:
         error = failed.error
-        hopeless = isinstance(error, ActcacheError) and not isinstance(error, StoreError)
         self._attempts[failed.block] += 1
         self.state = replace(self.state, failed=self.state.failed + 1)
-        again = not hopeless and self._attempts[failed.block] <= engine.retries
+        again = not failed.is_final and self._attempts[failed.block] <= engine.retries
         told = " ".join(f"{type(error).__name__}: {error}".split())
         self._reporter.event("failed", block=failed.block, error=told, again=again)
         if not again:
-            raise error
+            raise error if type(error) is not ActcacheError else ActcacheError(f"block {failed.block}: {error}")
         self.state = replace(self.state, retried=self.state.retried + 1)
         self._reporter.note(f"block {failed.block} failed and is tried again: {told[:300]}")
         self._pending.append(failed.block)

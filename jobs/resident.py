@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import resource
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 _STATUS = Path("/proc/self/status")
-_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current"))
+_GROUPS = Path("/sys/fs/cgroup")
 
 
 def resident_bytes() -> int:
@@ -29,11 +30,27 @@ def available_bytes(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     available = _meminfo("MemAvailable") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([available, *_left_in_groups()])
+
+
+def _left_in_groups() -> Iterator[int]:
+    """What the control groups of this process, and those around them, leave (Linux, both versions of them)."""
     try:
-        most, taken = (int(path.read_text()) for path in _LIMITS)
-    except (OSError, ValueError):  # no control group, or one without a limit
-        return available
-    return min(available, most - taken)
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, kinds, path = line.split(":", 2)
+        if kinds and "memory" not in kinds.split(","):
+            continue
+        base = _GROUPS / "memory" if kinds else _GROUPS
+        most, taken = ("memory.limit_in_bytes", "memory.usage_in_bytes") if kinds else ("memory.max", "memory.current")
+        folder = base / path.strip("/")
+        while folder == base or base in folder.parents:
+            with suppress(OSError, ValueError):  # there is no such group, or it has no limit
+                cache = _kilobytes(folder / "memory.stat", "inactive_file", unit=1)
+                yield max(0, int((folder / most).read_text()) - int((folder / taken).read_text()) + cache)
+            folder = folder.parent
 
 
 class Peak:
@@ -75,9 +92,11 @@ def _meminfo(name: str) -> int:
     return _kilobytes(Path("/proc/meminfo"), name)
 
 
-def _kilobytes(file: Path, name: str) -> int:
+def _kilobytes(file: Path, name: str, unit: int = 1024) -> int:
+    """A number that a file of the system gives, in bytes: the first of its lines that begins with a name."""
     try:
         lines = file.read_text().splitlines()
     except OSError:
         return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), 0)
+    words = (line.replace(":", " ").split() for line in lines)
+    return next((int(word[1]) * unit for word in words if word[:1] == [name]), 0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from glob import has_magic
 from pathlib import Path
 
@@ -51,6 +51,8 @@ class Chosen:
     plan: Plan
     source: ModelSource
     studied: Studied
+    travelled: bool = field(default=False, kw_only=True)
+    """Whether it came from the process that made the plan, with the user's own module if it is one."""
 
     def check_model(self) -> None:
         """Check that the model's files are still those of the plan.
@@ -58,6 +60,8 @@ class Chosen:
         Raises:
             InvalidInput: one has changed.
         """
+        if self.travelled and self.studied.model is not None:
+            return  # the very module, whose source need not be readable here
         if self.source.identity() != self.plan.spec.model:
             raise InvalidInput(
                 f"{self.source.name}: a file or a weight changed since the build began; run the command again"

@@ -121,7 +121,7 @@ def _capture(
     result = NOT_REPLAYED
     with _engine(store, grid, chosen, reporter, options) as engine:
         if blocks:
-            reporter.forecast(_forecast(grid, counted(sequence_start), engine))
+            reporter.forecast(_forecast(grid, counted(sequence_start), engine, blocks.tokens_left))
         blocks.run(engine)
         if options.part is None and not _is_sealed(store, grid):
             reporter.progress(replace(blocks.state, stage="replay"))
@@ -135,11 +135,11 @@ def _capture(
     return replace(outcome, sealed=sealed)
 
 
-def _forecast(grid: Grid, known: Counted, engine: Engine) -> Forecast:
-    """What the build will take, from a sample that is small beside it."""
-    limit = min(batch_positions(grid.plan), max(grid.plan.spec.context, grid.n_tokens // SAMPLED_PART))
+def _forecast(grid: Grid, known: Counted, engine: Engine, left: int) -> Forecast:
+    """What the build will take for the tokens that are left, from a sample that is small beside them."""
+    limit = min(batch_positions(grid.plan), max(grid.plan.spec.context, left // SAMPLED_PART))
     found = engine.sample(limit)
-    return forecast(grid, known, found, max(1, engine.workers), load_prices(), None)
+    return forecast(grid, known, found, max(1, engine.workers), load_prices(), left=left)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from actcache.jobs.checkpoint import locate
 from actcache.jobs.items import Items
@@ -28,6 +28,11 @@ class ModelSource(Protocol):
     @property
     def reference(self) -> str | Capturable:
         """What `source_of` finds it by, with its revision, in another process."""
+        ...
+
+    @property
+    def ready(self) -> Any:
+        """The model itself, where it is there without being loaded: a module of the user's own. None for a checkpoint."""
         ...
 
     @property

@@ -32,6 +32,8 @@ class Staging:
 
     def give_back_after(self, size: int, readers: Collection[Future[Any]]) -> None:
         """Give room back once all of these are done, well or not."""
+        if not readers:
+            self._give_back(size)
         left = count(len(readers) - 1, -1)
 
         def done(_: Future[Any]) -> None:

@@ -49,7 +49,7 @@ class Transfer:
         self._stream.wait_stream(torch.cuda.current_stream(rows.device))
         with torch.cuda.stream(self._stream):
             host.copy_(rows, non_blocking=True)
-            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             copied.record(self._stream)
         rows.record_stream(self._stream)  # its memory is not given to another tensor before it is copied
         return Taken(to_numpy(host), copied.synchronize)

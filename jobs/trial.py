@@ -54,6 +54,8 @@ def batch_tokens(model: nn.Module, anatomy: Anatomy, sites: tuple[str, ...], con
         if len(trials) > 2 and max(part.speed for part in trials[-2:]) < FASTER * trials[-3].speed:
             break
         tokens *= 2
+    if parts.device.type == "cuda":
+        torch.cuda.empty_cache()  # a worker of this machine may need what the trial took
     if not trials:
         raise InvalidInput(
             f"a batch of one sequence of {context} tokens takes more than {most / 1e9:.1f} GB, which is what may be used here; "

@@ -100,9 +100,16 @@ class Worker:
             InvalidInput, StoreError: the model is not found here, or the store is not reached.
         """
         source = source_of(job.model, job.revision)
-        model = job.model.module if isinstance(job.model, Capturable) else None
-        chosen = Chosen(job.grid.plan, source, Studied(job.anatomy, model))
+        chosen = Chosen(job.grid.plan, source, Studied(job.anatomy, source.ready), travelled=True)
         return cls(open_store(job.location), job.grid, chosen, threads)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether as many blocks are under way as can be."""
+        if not self._slots.acquire(blocking=False):
+            return True
+        self._slots.release()
+        return False
 
     def perform(self, block: int, tick: Callable[[int], None] = lambda _: None) -> Done:
         """Run and store a block, or find it stored. `tick` is called with the tokens of each batch that was run.
@@ -164,7 +171,8 @@ class Worker:
         self._stopping.set()
 
     def close(self) -> None:
-        """End the threads and let go of the model. Nothing may be under way."""
+        """End the threads and let go of the model; no other block is begun. Nothing should be under way."""
+        self._stopping.set()
         with self._opening:
             self._inside = None
             self._closing.close()
@@ -178,11 +186,15 @@ class Worker:
 
     def _open(self) -> _Inside:
         with self._opening:
+            if self._stopping.is_set():
+                raise Stopped
             if self._inside is None:
-                self._closing.enter_context(deterministic())
-                model_thread = self._closing.enter_context(ThreadPoolExecutor(1, "actcache-model"))
-                pool = self._closing.enter_context(ThreadPoolExecutor(self._threads, "actcache-encode", step_back))
-                self._inside = model_thread.submit(self._make, model_thread, pool).result()
+                with ExitStack() as stack:
+                    stack.enter_context(deterministic())
+                    model_thread = stack.enter_context(ThreadPoolExecutor(1, "actcache-model"))
+                    pool = stack.enter_context(ThreadPoolExecutor(self._threads, "actcache-encode", step_back))
+                    self._inside = model_thread.submit(self._make, model_thread, pool).result()
+                    self._closing = stack.pop_all()
             return self._inside
 
     def _make(self, model_thread: ThreadPoolExecutor, pool: ThreadPoolExecutor) -> _Inside:

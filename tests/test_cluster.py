@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -91,7 +92,9 @@ def test_worker_processes_build_the_same_dataset(many_blocks: ac.Spec, quiet: st
 
 
 def test_quantised_builds_are_the_same_too(many_blocks: ac.Spec, tmp_path: Path):
-    spec = many_blocks.model_copy(update={"quantize": ("int8",), "max_tokens": 1000})
+    """At a width at which the bits of a product in numpy depend on the number of threads."""
+    wide = save_gpt2(tmp_path / "wide", width=128)
+    spec = many_blocks.model_copy(update={"model": str(wide), "quantize": ("int8",), "max_tokens": 1000})
     alone = ac.build(spec, tmp_path / "alone").manifest
     assert ac.build(spec, tmp_path / "workers", workers=2).manifest == alone
 
@@ -146,9 +149,9 @@ def test_workers_that_join_late_are_used(many_blocks: ac.Spec, quiet: str, tmp_p
     assert result.manifest == quiet
 
 
-def test_gpus_are_asked_for_as_a_resource_and_shared_out(many_blocks: ac.Spec, quiet: str, tmp_path: Path):
+def test_gpus_are_asked_for_as_a_resource(many_blocks: ac.Spec, quiet: str, tmp_path: Path):
     with dask_processes(tmp_path, workers=0) as running:
-        running.add_worker("--nthreads", "2", "--resources", "GPU=1")
+        running.add_worker("--nthreads", "2", "--resources", "GPU=1", "--preload", "tests.one_gpu")
         plain = running.add_worker("--nthreads", "2")
         watcher = Watcher()
         result = ac.build(
@@ -157,6 +160,69 @@ def test_gpus_are_asked_for_as_a_resource_and_shared_out(many_blocks: ac.Spec, q
         assert watcher.worker_pids() == {running.workers[0].pid}, "a worker without the resource has no block"
         assert plain.poll() is None
     assert result.manifest == quiet
+
+
+def test_a_worker_that_cannot_open_the_model_does_not_end_the_build(many_blocks: ac.Spec, quiet: str, tmp_path: Path):
+    """A node without a mount fails at once and is always idle: it must not use up every block's attempts."""
+    moved = Path(shutil.copytree(many_blocks.model, tmp_path / "model"))
+    spec = many_blocks.model_copy(update={"model": str(moved)})
+    with dask_processes(tmp_path, workers=1) as running:
+        running.add_worker("--nthreads", "2", "--preload", "tests.no_model")
+        watcher = Watcher()
+        result = ac.build(spec, tmp_path / "ds", scheduler_file=running.file, reporter=watcher)
+    assert result.manifest == quiet
+    assert watcher.worker_pids() == {running.workers[0].pid}
+    assert [note for note in watcher.notes if "the model is not on this node" in note]
+
+
+def test_a_block_that_kills_its_workers_is_told_on_one_line(tmp_path: Path):
+    from tests.own_module import deadly
+
+    with pytest.raises(ac.ActcacheError, match="block 3: every worker that was given it died") as caught:
+        ac.build(ac.Spec(model=deadly(), sites="all", block_tokens=2, batch_size=2), tmp_path / "ds", workers=1)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_cluster_without_workers_is_told(many_blocks: ac.Spec, quiet: str, tmp_path: Path, monkeypatch):
+    from actcache.jobs import cluster
+
+    monkeypatch.setattr(cluster, "ALONE_SECONDS", 1.0)
+    with dask_processes(tmp_path, workers=0) as running:
+        watcher = Watcher()
+        watcher.note = lambda text: (watcher.notes.append(text), running.add_worker("--nthreads", "2"))
+        assert ac.build(many_blocks, tmp_path / "ds", scheduler_file=running.file, reporter=watcher).manifest == quiet
+    assert "no worker is there yet that can run blocks; the build waits: add workers to this scheduler" in watcher.notes
+
+
+def test_a_build_whose_process_was_killed_leaves_no_model_in_the_workers(
+    many_blocks: ac.Spec, quiet: str, tmp_path: Path
+):
+    import distributed
+
+    code = f"import actcache as ac; ac.build(ac.Spec(**{many_blocks.model_dump()!r}), {str(tmp_path / 'ds')!r}, scheduler_file="
+    with dask_processes(tmp_path, workers=1) as running:
+        process = subprocess.Popen([sys.executable, "-c", f"{code}{str(running.file)!r})"], stderr=subprocess.DEVNULL)
+        wait_for(lambda: len(list((tmp_path / "ds/.actcache/receipts").glob("0*.json"))) > 3)
+        kill(process.pid)
+        process.wait()
+        assert ac.build(many_blocks, tmp_path / "ds", scheduler_file=running.file).manifest == quiet
+        with distributed.Client(scheduler_file=str(running.file), set_as_default=False) as client:
+            plugins = client.run_on_scheduler(lambda dask_scheduler: list(dask_scheduler.worker_plugins))
+    assert not [name for name in plugins if str(name).startswith("actcache-")]
+
+
+def test_gpus_that_are_not_there_are_told(many_blocks: ac.Spec, tmp_path: Path):
+    """Not built on the processor instead, which rounds differently."""
+    with pytest.raises(ac.InvalidInput, match=r"--gpus-per-worker 1: .* shows this worker 0 GPUs"):
+        ac.build(many_blocks, tmp_path / "ds", workers=1, gpus_per_worker=1, retries=0)
+
+
+def test_a_script_without_a_guard_is_told(many_blocks: ac.Spec, tmp_path: Path):
+    script = tmp_path / "script.py"
+    script.write_text(f"import actcache as ac\nac.build(ac.Spec(**{many_blocks.model_dump()!r}), 'ds', workers=1)\n")
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "must do so below 'if __name__ == \"__main__\":'" in done.stderr.splitlines()[-1]
 
 
 def test_a_block_that_always_fails_ends_the_build_with_its_own_error(tmp_path: Path, corpus: str):

@@ -43,9 +43,10 @@ def _facts(found: Forecast) -> Iterator[tuple[str, str]]:
     )
     if memory.device is not None:
         yield "GPU memory", f"at most {size(memory.device)}: {size(memory.model)} of it the model"
+    left = "" if found.tokens_left == found.n_tokens else f" for the {found.tokens_left:,} tokens left"
     yield (
         "time",
-        f"about {duration(found.seconds)} on {found.workers} worker{'s' if found.workers != 1 else ''} like this one "
+        f"about {duration(found.seconds)}{left} on {found.workers} worker{'s' if found.workers != 1 else ''} like this one "
         f"({found.tokens_per_second:,.0f} tokens/s each, {size(found.bytes_per_second)}/s to the store; {found.device})",
     )
     cost, money = found.cost, found.currency
