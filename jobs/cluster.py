@@ -20,22 +20,23 @@ from importlib.util import find_spec
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Lock, Thread
-from typing import Any
+from typing import Any, TypeVar
 
 import distributed
 import torch
 from distributed.diagnostics.plugin import WorkerPlugin
 
 from actcache.jobs.cores import available_cores
-from actcache.jobs.engine import POLL_SECONDS, Event, Failed, hopeless
+from actcache.jobs.engine import POLL_SECONDS, Event, Failed
 from actcache.jobs.forecast import Sample
 from actcache.jobs.memory_plan import BLOCKS_AT_ONCE
 from actcache.jobs.options import ClusterOptions
 from actcache.jobs.progress import Reporter
 from actcache.jobs.worker import Done, Job, Stopped, Worker
-from actcache.schemas.errors import ActcacheError, InvalidInput, StoreError
+from actcache.schemas.errors import InvalidInput, StoreError
 from actcache.schemas.root import ReplayResult
 
+T = TypeVar("T")
 WINDOW = 2000
 """Blocks that the scheduler is given at once: enough for an adaptive cluster to see that it should grow."""
 CONNECT_SECONDS = 30
@@ -44,6 +45,8 @@ COUNT_SECONDS = 2.0
 FULL_SECONDS = 1.0
 ALONE_SECONDS = 15.0
 MOST_REST_SECONDS = 30.0
+KILLED_ATTEMPTS = 2
+"""A block whose workers died, several of them, is tried fewer times again: it may be what kills them."""
 PREFIX = "actcache-"
 NO_GUARD = (
     "a script that builds with workers must do so below 'if __name__ == \"__main__\":', since each of them imports it"
@@ -116,49 +119,52 @@ class Residence(WorkerPlugin):  # type: ignore[misc]  # distributed has no types
 
 @dataclass(frozen=True)
 class Broken:
-    """A block failed on a worker. `opening`: before the model was there, so that it may go well elsewhere."""
+    """Something failed on a worker. `opening`: before the model was there, so that it may go well elsewhere."""
 
-    block: int
     error: Exception
     address: str
     opening: bool
 
+    @property
+    def is_final(self) -> bool:
+        """Whether trying again, elsewhere, is of no use."""
+        return Failed(-1, self.error, self.opening).is_final
 
-def _run_block(name: str, block: int) -> Done | Broken:
-    here = distributed.get_worker()
-    residence: Residence = here.plugins[name]
-    try:
-        worker = residence.worker()
-    except Stopped:
-        raise
-    except Exception as error:
-        residence.rest()
-        return Broken(block, error, here.address, opening=True)
+
+def _perform(name: str, block: int) -> Done | Broken:
+    return _on_worker(name, lambda worker: _perform_if_free(worker, block))
+
+
+def _perform_if_free(worker: Worker, block: int) -> Done:
     if worker.is_full:
         time.sleep(FULL_SECONDS)
         raise distributed.Reschedule  # a worker of many threads must not keep blocks from others
+    return worker.perform(block)
+
+
+def _replay(name: str) -> ReplayResult | Broken:
+    return _on_worker(name, lambda worker: worker.replay())
+
+
+def _sample(name: str, limit: int) -> Sample | Broken:
+    return _on_worker(name, lambda worker: worker.sample(limit))
+
+
+def _on_worker(name: str, work: Callable[[Worker], T]) -> T | Broken:
+    """Have work done by what runs blocks here; what fails comes back as a value, since Dask would not say where it did."""
+    here, opened = distributed.get_worker(), False
+    residence: Residence = here.plugins[name]
     try:
-        done = worker.perform(block)
-    except Stopped:
+        worker = residence.worker()
+        opened = True
+        done = work(worker)
+    except (Stopped, distributed.Reschedule):
         raise
     except Exception as error:
         residence.rest()
-        return Broken(block, error, here.address, opening=False)
+        return Broken(error, here.address, not opened)
     residence.well()
     return done
-
-
-def _replay(name: str) -> ReplayResult:
-    return _worker_here(name).replay()
-
-
-def _sample(name: str, limit: int) -> Sample:
-    return _worker_here(name).sample(limit)
-
-
-def _worker_here(name: str) -> Worker:
-    residence: Residence = distributed.get_worker().plugins[name]
-    return residence.worker()
 
 
 class OnCluster:
@@ -193,17 +199,7 @@ class OnCluster:
 
     def submit(self, block: int) -> None:
         """See `Engine`."""
-        elsewhere = sorted(self._there() - self._failed_at.get(block, set()))
-        again = {"workers": elsewhere, "allow_other_workers": True} if block in self._failed_at and elsewhere else {}
-        future = self._client.submit(
-            _run_block,
-            self._name,
-            block,
-            key=f"{self._name}-{block}-{uuid.uuid4().hex[:8]}",
-            pure=False,
-            resources=self._resources,
-            **again,
-        )
+        future = self._task(_perform, self._failed_at.get(block, set()), block)
         self._futures[block] = future
         future.add_done_callback(lambda done, block=block: self._finished.put((block, done)))
 
@@ -229,19 +225,33 @@ class OnCluster:
             self._client.cancel(list(self._futures.values()), force=True)
         self._futures.clear()
 
+    def _task(self, function: Callable[..., Any], not_at: set[str], *arguments: Any) -> distributed.Future:
+        """Give something to the scheduler, to be done rather not where it failed before."""
+        elsewhere = sorted(self._there() - not_at) if not_at else []
+        where = {"workers": elsewhere, "allow_other_workers": True} if elsewhere else {}
+        key = f"{self._name}-{function.__name__}-{uuid.uuid4().hex}"
+        return self._client.submit(
+            function, self._name, *arguments, key=key, pure=False, resources=self._resources, **where
+        )
+
     def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Run something on one worker and wait for it; again on another one unless that is hopeless."""
+        """Have something done by one worker and wait for it; by another one if that may help."""
+        not_at: set[str] = set()
         for attempt in range(self.retries + 1):
-            future = self._client.submit(function, self._name, *arguments, pure=False, resources=self._resources)
+            future = self._task(function, not_at, *arguments)
             while not future.done():
                 time.sleep(POLL_SECONDS)
                 self._check_scheduler()
                 self._check_workers()
-            if future.status == "finished":
-                return future.result()
-            error = _error(future)
-            if hopeless(error) or attempt == self.retries:
-                raise error
+            if future.status != "finished":
+                raise _error(future)
+            found = future.result()
+            if not isinstance(found, Broken):
+                return found
+            not_at.add(found.address)
+            if found.is_final or attempt == self.retries:
+                raise found.error
+            self._reporter.note(f"{found.address} failed, another worker is asked: {found.error}")
         raise AssertionError
 
     def _collect(self) -> None:
@@ -262,18 +272,20 @@ class OnCluster:
         for block, future in ended.items():
             del self._futures[block]
             if block not in fine:
-                self._events.append(Failed(block, _error(future)))
+                killed = future.status == "error" and isinstance(future.exception(), distributed.KilledWorker)
+                self._events.append(Failed(block, _error(future), attempts=KILLED_ATTEMPTS if killed else 1))
         try:
-            self._events.extend(map(self._told, self._client.gather(list(fine.values())) if fine else ()))
+            found = self._client.gather(list(fine.values())) if fine else []
+            self._events.extend(map(self._told, fine, found))
         except Exception as error:  # a worker that died with its results: they are found stored
             self._events.extend(Failed(block, error) for block in fine)
 
-    def _told(self, found: Done | Broken) -> Event:
+    def _told(self, block: int, found: Done | Broken) -> Event:
         self._served = time.monotonic()
         if isinstance(found, Done):
             return found
-        self._failed_at.setdefault(found.block, set()).add(found.address)
-        return Failed(found.block, found.error, elsewhere=found.opening)
+        self._failed_at.setdefault(block, set()).add(found.address)
+        return Failed(block, found.error, elsewhere=found.opening)
 
     def _there(self) -> set[str]:
         now = time.monotonic()
@@ -310,7 +322,7 @@ def _error(future: distributed.Future) -> Exception:
         return ConnectionError(f"the task was {future.status}")
     error = future.exception()
     if isinstance(error, distributed.KilledWorker):
-        return ActcacheError(
+        return StoreError(
             "every worker that was given it died, most likely for want of memory: 'actcache plan' tells how much a worker takes, "
             "smaller --block-tokens or --batch-tokens take less"
         )

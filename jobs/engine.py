@@ -28,11 +28,15 @@ class Ticked:
 
 @dataclass(frozen=True)
 class Failed:
-    """A block ended with an error; nothing of it is lost that was stored. `elsewhere`: it may go well on another worker."""
+    """A block ended with an error; nothing of it is lost that was stored.
+
+    `elsewhere`: it may go well on another worker. `attempts`: as how many it counts.
+    """
 
     block: int
     error: Exception
     elsewhere: bool = False
+    attempts: int = 1
 
     @property
     def is_final(self) -> bool:

@@ -10,7 +10,7 @@ from actcache.jobs.engine import Engine, Event, Failed, Ticked
 from actcache.jobs.progress import Progress, Reporter
 from actcache.jobs.stages import Usage
 from actcache.jobs.worker import Done
-from actcache.schemas.errors import ActcacheError
+from actcache.schemas.errors import StoreError
 from actcache.schemas.grid import Grid
 from actcache.schemas.part import Part
 from actcache.schemas.receipt import receipt_key, receipts_of
@@ -108,13 +108,13 @@ class PendingBlocks:
 
     def _failed(self, failed: Failed, engine: Engine) -> None:
         error = failed.error
-        self._attempts[failed.block] += 1
+        self._attempts[failed.block] += failed.attempts
         self.state = replace(self.state, failed=self.state.failed + 1)
         again = not failed.is_final and self._attempts[failed.block] <= engine.retries
         told = " ".join(f"{type(error).__name__}: {error}".split())
         self._reporter.event("failed", block=failed.block, error=told, again=again)
         if not again:
-            raise error if type(error) is not ActcacheError else ActcacheError(f"block {failed.block}: {error}")
+            raise StoreError(f"block {failed.block}: {error}") if type(error) is StoreError else error
         self.state = replace(self.state, retried=self.state.retried + 1)
         self._reporter.note(f"block {failed.block} failed and is tried again: {told[:300]}")
         self._pending.append(failed.block)

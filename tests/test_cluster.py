@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -164,12 +163,10 @@ def test_gpus_are_asked_for_as_a_resource(many_blocks: ac.Spec, quiet: str, tmp_
 
 def test_a_worker_that_cannot_open_the_model_does_not_end_the_build(many_blocks: ac.Spec, quiet: str, tmp_path: Path):
     """A node without a mount fails at once and is always idle: it must not use up every block's attempts."""
-    moved = Path(shutil.copytree(many_blocks.model, tmp_path / "model"))
-    spec = many_blocks.model_copy(update={"model": str(moved)})
     with dask_processes(tmp_path, workers=1) as running:
         running.add_worker("--nthreads", "2", "--preload", "tests.no_model")
         watcher = Watcher()
-        result = ac.build(spec, tmp_path / "ds", scheduler_file=running.file, reporter=watcher)
+        result = ac.build(many_blocks, tmp_path / "ds", scheduler_file=running.file, reporter=watcher)
     assert result.manifest == quiet
     assert watcher.worker_pids() == {running.workers[0].pid}
     assert [note for note in watcher.notes if "the model is not on this node" in note]
@@ -178,7 +175,7 @@ def test_a_worker_that_cannot_open_the_model_does_not_end_the_build(many_blocks:
 def test_a_block_that_kills_its_workers_is_told_on_one_line(tmp_path: Path):
     from tests.own_module import deadly
 
-    with pytest.raises(ac.ActcacheError, match="block 3: every worker that was given it died") as caught:
+    with pytest.raises(ac.ActcacheError, match=r"block [23]: every worker that was given it died") as caught:
         ac.build(ac.Spec(model=deadly(), sites="all", block_tokens=2, batch_size=2), tmp_path / "ds", workers=1)
     assert "\n" not in str(caught.value)
 
@@ -355,7 +352,7 @@ def test_workers_reach_s3_with_credentials_of_their_own(many_blocks: ac.Spec, s3
     assert result.manifest == ac.build(spec, tmp_path / "alone").manifest
     resolved = resolve(spec)
     job = Job(open_store(url).location, Grid(resolved.plan, 1, 1, 1), "m", None, resolved.studied.anatomy)
-    travels = cloudpickle.dumps(Residence("name", job, 1))
+    travels = cloudpickle.dumps(Residence("name", job, 1, 0))
     told = repr(watcher.notes) + repr(watcher.events)
     for secret in (os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"]):
         assert secret.encode() not in travels
