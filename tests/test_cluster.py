@@ -19,7 +19,7 @@ from actcache.jobs.progress import Progress, Silent
 from tests.dask_processes import children, dask_processes, kill, wait_for
 from tests.models import save_gpt2
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("cluster")]
+pytestmark = pytest.mark.timeout(300)
 
 SITES = "resid blocks.*.hook_mlp_out"
 
@@ -335,7 +335,6 @@ def _seal(url: Path) -> None:
         raise unfinished[0]
 
 
-@pytest.mark.xdist_group("s3")
 def test_workers_reach_s3_with_credentials_of_their_own(many_blocks: ac.Spec, s3: str, tmp_path: Path):
     import cloudpickle
 
