@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from actcache.jobs.parts import ModelParts
 from actcache.jobs.proof import prove
 from actcache.schemas.anatomy import Anatomy
 from actcache.schemas.errors import ActcacheError, InvalidInput, Unsupported
+
+_one_at_a_time = Lock()
+"""transformers changes parts of itself while it loads a model; two threads that do leave it changed, and no weights tied."""
 
 
 def load_model(folder: Path, family: str, compute_dtype: str, attention: str | None) -> tuple[nn.Module, str]:
@@ -35,14 +39,15 @@ def load_model(folder: Path, family: str, compute_dtype: str, attention: str | N
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         for name, value in overrides(family).items():
             setattr(config, name, value)
-        model, loading = transformers.AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=getattr(torch, compute_dtype),
-            attn_implementation={"": attention, "text_config": attention},  # no other part of a model is run
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        with _one_at_a_time:
+            model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=getattr(torch, compute_dtype),
+                attn_implementation={"": attention, "text_config": attention},  # no other part of a model is run
+                local_files_only=True,
+                output_loading_info=True,
+            )
     except Exception as error:  # transformers, safetensors and torch raise what they like
         raise InvalidInput(f"{folder}: the model cannot be loaded: {first_line(error)}") from error
     if loading["missing_keys"]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
 
 import actcache as ac
 from actcache.jobs.progress import Silent
+from actcache.jobs.resident import peak_bytes
 
 
 class Hearing(Silent):
@@ -22,5 +22,6 @@ class Hearing(Silent):
 if __name__ == "__main__":
     hearing = Hearing()
     ac.build(ac.Spec(**json.loads(sys.argv[1])), sys.argv[2], reporter=hearing)
-    taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"planned": hearing.peak, "taken": taken}))
+    print(
+        json.dumps({"planned": hearing.peak, "taken": peak_bytes()})
+    )  # getrusage would count the process that began this one

@@ -15,10 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import actcache as ac
-from actcache.jobs.batches import batches, recomputed_fraction, touching, with_tokens
+from actcache.jobs.batches import batches, touching, with_tokens
 from actcache.jobs.corpora.corpus import Corpus, open_corpus
 from actcache.jobs.corpora.document import BadRow, Document
 from actcache.jobs.fingerprint import file_sha256
+from actcache.jobs.grouping import recomputed_fraction
 from actcache.jobs.memory import memory_path
 from actcache.schemas.plan import BatchRule
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
@@ -382,4 +383,4 @@ def test_what_is_found_fits_and_is_about_as_fast_as_any(script: list[tuple[float
 class NoParts:
     """Stands for a model that nobody looks at."""
 
-    device = None
+    device = torch.device("cpu")

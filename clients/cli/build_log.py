@@ -99,8 +99,10 @@ class Logged:
         self._last = 0.0
 
     def progress(self, state: Progress) -> None:
-        """Pass on; log it now and then."""
+        """Pass on; log it now and then, once there is something."""
         self._inner.progress(state)
+        if state.stage == "tokenise" and not state.tokens:
+            return
         now = time.monotonic()
         if state.stage == self._stage and now - self._last < SECONDS_BETWEEN_STATES:
             return
