@@ -18,7 +18,8 @@ from torch import nn
 
 from actcache.cache.publish import publish, publish_metadata
 from actcache.cache.store import Store, open_store
-from actcache.jobs.cluster import OnCluster, local_cluster, on_cluster
+from actcache.jobs.cluster import OnCluster, on_cluster
+from actcache.jobs.local_cluster import local_cluster
 from actcache.jobs.options import ClusterOptions
 from actcache.jobs.pending import PendingBlocks
 from actcache.jobs.pool import BoundedPool

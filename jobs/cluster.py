@@ -6,165 +6,41 @@ the worker; the model is loaded there when the first block comes.
 
 from __future__ import annotations
 
-import logging
-import multiprocessing
-import os
-import platform
 import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from threading import Lock, Thread
-from typing import Any, TypeVar
+from typing import Any
 
 import distributed
 import torch
-from distributed.diagnostics.plugin import WorkerPlugin
 
 from actcache.jobs.cores import available_cores
 from actcache.jobs.engine import POLL_SECONDS, Event, Failed
 from actcache.jobs.forecast import Sample
+from actcache.jobs.local_cluster import local_cluster
 from actcache.jobs.memory_plan import BLOCKS_AT_ONCE
 from actcache.jobs.options import ClusterOptions
 from actcache.jobs.progress import Reporter
-from actcache.jobs.worker import Done, Job, Stopped, Worker
+from actcache.jobs.residence import Broken, Residence, perform, replay, sample
+from actcache.jobs.worker import Done, Job
 from actcache.schemas.errors import InvalidInput, StoreError
 from actcache.schemas.root import ReplayResult
 
-T = TypeVar("T")
 WINDOW = 2000
 """Blocks that the scheduler is given at once: enough for an adaptive cluster to see that it should grow."""
 CONNECT_SECONDS = 30
 LOST_SECONDS = 15.0
 COUNT_SECONDS = 2.0
-FULL_SECONDS = 1.0
 ALONE_SECONDS = 15.0
-MOST_REST_SECONDS = 30.0
 KILLED_ATTEMPTS = 2
 """A block whose workers died, several of them, is tried fewer times again: it may be what kills them."""
 PREFIX = "actcache-"
-NO_GUARD = (
-    "a script that builds with workers must do so below 'if __name__ == \"__main__\":', since each of them imports it"
-)
-
-
-class Residence(WorkerPlugin):  # type: ignore[misc]  # distributed has no types
-    """The job of a build on one worker process, and what runs its blocks there once the first has come."""
-
-    def __init__(self, name: str, job: Job, threads: int | None, gpus: int) -> None:
-        self.name = name
-        self._job = job
-        self._threads = threads
-        self._gpus = gpus
-        self._worker: Worker | None = None
-        self._opening: Lock | None = None
-        self._ended = False
-        self._failures = 0
-        self._cores = 1
-
-    def setup(self, worker: Any) -> None:
-        """Called by Dask where the plugin arrives."""
-        self._opening = Lock()  # a lock does not travel
-        self._cores = self._threads or worker.state.nthreads
-
-    def teardown(self, worker: Any) -> None:
-        """Called by Dask when the build or the worker ends."""
-        self._ended = True
-        if self._worker is not None:
-            self._worker.stop()
-        Thread(target=self._close, name="actcache-close", daemon=True).start()  # this is the event loop's thread
-
-    def worker(self) -> Worker:
-        """What runs blocks here, its model loaded.
-
-        Raises:
-            InvalidInput: the model is not here, or fewer GPUs than each worker should have.
-            Stopped: the build has ended.
-        """
-        assert self._opening is not None
-        with self._opening:
-            if self._worker is None:
-                torch.set_num_threads(self._cores)  # Dask's own default is one
-                if torch.cuda.device_count() < self._gpus:
-                    raise InvalidInput(
-                        f"--gpus-per-worker {self._gpus}: {platform.node()} shows this worker {torch.cuda.device_count()} GPUs"
-                    )
-                self._worker = Worker.of(self._job, max(BLOCKS_AT_ONCE, self._cores))
-            if self._ended:
-                self._worker.stop()
-            worker = self._worker
-        worker.prepare()
-        return worker
-
-    def rest(self) -> None:
-        """Wait after a failure, longer each time, so that a worker that fails at once does not take every block."""
-        self._failures += 1
-        time.sleep(min(2.0 ** (self._failures - 1), MOST_REST_SECONDS))
-
-    def well(self) -> None:
-        """A block was stored here."""
-        self._failures = 0
-
-    def _close(self) -> None:
-        assert self._opening is not None
-        with self._opening:
-            if self._worker is not None:
-                self._worker.close()
-
-
-@dataclass(frozen=True)
-class Broken:
-    """Something failed on a worker. `opening`: before the model was there, so that it may go well elsewhere."""
-
-    error: Exception
-    address: str
-    opening: bool
-
-    @property
-    def is_final(self) -> bool:
-        """Whether trying again, elsewhere, is of no use."""
-        return Failed(-1, self.error, self.opening).is_final
-
-
-def _perform(name: str, block: int) -> Done | Broken:
-    return _on_worker(name, lambda worker: _perform_if_free(worker, block))
-
-
-def _perform_if_free(worker: Worker, block: int) -> Done:
-    if worker.is_full:
-        time.sleep(FULL_SECONDS)
-        raise distributed.Reschedule  # a worker of many threads must not keep blocks from others
-    return worker.perform(block)
-
-
-def _replay(name: str) -> ReplayResult | Broken:
-    return _on_worker(name, lambda worker: worker.replay())
-
-
-def _sample(name: str, limit: int) -> Sample | Broken:
-    return _on_worker(name, lambda worker: worker.sample(limit))
-
-
-def _on_worker(name: str, work: Callable[[Worker], T]) -> T | Broken:
-    """Have work done by what runs blocks here; what fails comes back as a value, since Dask would not say where it did."""
-    here, opened = distributed.get_worker(), False
-    residence: Residence = here.plugins[name]
-    try:
-        worker = residence.worker()
-        opened = True
-        done = work(worker)
-    except (Stopped, distributed.Reschedule):
-        raise
-    except Exception as error:
-        residence.rest()
-        return Broken(error, here.address, not opened)
-    residence.well()
-    return done
 
 
 class OnCluster:
@@ -199,7 +75,7 @@ class OnCluster:
 
     def submit(self, block: int) -> None:
         """See `Engine`."""
-        future = self._task(_perform, self._failed_at.get(block, set()), block)
+        future = self._task(perform, self._failed_at.get(block, set()), block)
         self._futures[block] = future
         future.add_done_callback(lambda done, block=block: self._finished.put((block, done)))
 
@@ -211,12 +87,12 @@ class OnCluster:
 
     def replay(self) -> ReplayResult:
         """See `Engine`."""
-        found: ReplayResult = self._call(_replay)
+        found: ReplayResult = self._call(replay)
         return found
 
     def sample(self, limit: int) -> Sample:
         """See `Engine`."""
-        found: Sample = self._call(_sample, limit)
+        found: Sample = self._call(sample, limit)
         return found
 
     def cancel(self) -> None:
@@ -391,63 +267,3 @@ def _connected(options: ClusterOptions) -> Iterator[distributed.Client]:
         raise InvalidInput(f"{where}: no Dask scheduler answers there: {error}") from None
     with client:
         yield client
-
-
-@contextmanager
-def local_cluster(workers: int, threads: int, gpus: int | None) -> Iterator[distributed.SpecCluster]:
-    """Worker processes of this machine, each with its share of the cores, and with GPUs of its own where that is asked."""
-    dashboard = "127.0.0.1:0" if find_spec("bokeh") is not None else None
-    environment = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-    spec = {
-        number: {
-            "cls": distributed.Nanny,
-            "options": {
-                "nthreads": BLOCKS_AT_ONCE,
-                "memory_limit": 0,  # the build bounds its own memory
-                "host": "127.0.0.1",
-                "dashboard": False,
-                "silence_logs": logging.CRITICAL,
-                "preload": ["actcache.jobs.interrupts"],
-                "resources": {"GPU": gpus} if gpus else {},
-                "env": environment | _devices(number, gpus),
-            },
-        }
-        for number in range(workers)
-    }
-    scheduler = {
-        "cls": distributed.Scheduler,
-        "options": {"host": "127.0.0.1", "port": 0, "dashboard": dashboard is not None, "dashboard_address": dashboard},
-    }
-    if getattr(multiprocessing.current_process(), "_inheriting", False):
-        raise InvalidInput(NO_GUARD)  # this is a worker process that imports the script again
-    before = dict(os.environ)  # Dask sets what its workers are to find in this process too
-    try:
-        with _started(spec, scheduler) as cluster:
-            yield cluster
-    finally:
-        for name in set(os.environ) - set(before):
-            del os.environ[name]
-        os.environ.update(before)
-
-
-def _started(spec: dict[int, Any], scheduler: dict[str, Any]) -> distributed.SpecCluster:
-    try:
-        return distributed.SpecCluster(spec, scheduler, silence_logs=logging.CRITICAL)
-    except RuntimeError as error:
-        if "Nanny failed to start" in str(error):
-            raise StoreError(f"the worker processes do not start: {NO_GUARD}") from None
-        raise
-
-
-def _devices(number: int, gpus: int | None) -> dict[str, str]:
-    """Which GPUs a worker of this number sees, of those that this process does."""
-    if gpus is None:
-        return {}
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = None if given is None else [name.strip() for name in given.split(",") if name.strip()]
-    own = range(number * gpus, (number + 1) * gpus)
-    if names is not None and own.stop > len(names):
-        raise InvalidInput(
-            f"worker {number + 1} of {gpus} GPUs each: only {len(names)} are visible; give fewer --workers"
-        )
-    return {"CUDA_VISIBLE_DEVICES": ",".join(names[i] if names is not None else str(i) for i in own)}

@@ -339,7 +339,7 @@ def test_workers_reach_s3_with_credentials_of_their_own(many_blocks: ac.Spec, s3
     import cloudpickle
 
     from actcache.cache.store import open_store
-    from actcache.jobs.cluster import Residence
+    from actcache.jobs.residence import Residence
     from actcache.jobs.resolve import resolve
     from actcache.jobs.worker import Job
     from actcache.schemas.grid import Grid
