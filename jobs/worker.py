@@ -21,7 +21,7 @@ from actcache.cache.store import Store, open_store
 from actcache.jobs.allocator import few_arenas
 from actcache.jobs.anatomy import Studied
 from actcache.jobs.blocks import BlockRunner
-from actcache.jobs.cores import available_cores, step_back
+from actcache.jobs.cores import available_cores
 from actcache.jobs.determinism import deterministic
 from actcache.jobs.environment import environment
 from actcache.jobs.feeds import Feed
@@ -192,7 +192,7 @@ class Worker:
                 with ExitStack() as stack:
                     stack.enter_context(deterministic())
                     model_thread = stack.enter_context(ThreadPoolExecutor(1, "actcache-model"))
-                    pool = stack.enter_context(ThreadPoolExecutor(self._threads, "actcache-encode", step_back))
+                    pool = stack.enter_context(ThreadPoolExecutor(self._threads, "actcache-encode"))
                     self._inside = model_thread.submit(self._make, model_thread, pool).result()
                     self._closing = stack.pop_all()
             return self._inside
