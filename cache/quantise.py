@@ -5,7 +5,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 
-from actcache.cache.reader import ArrayReader
+from actcache.cache.rows import Rows
 from actcache.schemas.quantised import LARGEST_CODE, Kind
 
 SMALLEST_SCALE = np.float32(2.0**-126)
@@ -65,22 +65,30 @@ def _scales(largest: np.ndarray, code: int) -> np.ndarray:
     return np.clip(rounded, SMALLEST_SCALE, top.view(np.float32))
 
 
-class QuantisedReader:
-    """Rows of a quantised site as values. Safe to use from several threads."""
+class QuantisedReader(Rows):
+    """Rows of a quantised site as values."""
 
-    def __init__(self, codes: ArrayReader, scales: ArrayReader, kind: Kind, group: int) -> None:
+    def __init__(self, codes: Rows, scales: Rows, kind: Kind, group: int) -> None:
         self._codes = codes
         self._scales = scales
         self._kind = kind
         self._group = group
+        self.shape = codes.shape
+        self.dtype = np.dtype(np.float32)
 
-    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows [start, stop), (stop - start, d), float32.
+    @property
+    def cuts(self) -> np.ndarray:
+        """See `Rows`."""
+        return self._codes.cuts
 
-        Raises:
-            IndexError: the range is not within the array.
-            Corrupt: a shard is missing or is not what was written.
-            StoreError: the store failed.
-        """
+    def read(self, start: int = 0, stop: int | None = None, dtype: np.dtype | None = None) -> np.ndarray:
+        """See `Rows`."""
         codes = self._codes.read(start, stop)
-        return dequantise(codes, self._scales.read(start, stop), self._kind, self._group)
+        return self._values(codes, self._scales.read(start, stop)).astype(dtype or self.dtype, copy=False)
+
+    def scatter(self, index: np.ndarray, out: np.ndarray, at: np.ndarray) -> None:
+        """See `Rows`."""
+        out[at] = self._values(self._codes.take(index), self._scales.take(index))
+
+    def _values(self, codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+        return dequantise(codes, scales, self._kind, self._group)

@@ -1,105 +1,211 @@
-"""Reading rows of an array: whole shards with one GET, a few chunks with ranges. A missing shard is an error, never zeros."""
+"""Reading rows of a stored array: few ranges, decoded on threads into their place. A missing shard is an error, never zeros."""
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
-from threading import Lock
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby, pairwise
 
 import numpy as np
 
-from actcache.cache.shards import chunk_span, decode_chunk, decode_index, decode_shard
+from actcache.cache.rows import Rows, check_index
+from actcache.cache.shards import ADVICE, chunk_span, decode_chunk, decode_index
 from actcache.cache.store import Store
+from actcache.cache.threads import ahead, spread
 from actcache.schemas.array import ArrayLayout
 from actcache.schemas.errors import Corrupt, NotFound
 
 WHOLE_SHARD_FRACTION = 0.5
-INDEXES_KEPT = 256
-GAP_BYTES = 256 << 10
+INDEX_BYTES_KEPT = 32 << 20
+AHEAD_BYTES = 48 << 20
+UNKNOWN_SIZE = 1 << 62
 
 
-class ArrayReader:
-    """Rows of one stored array, by row range. Safe to use from several threads."""
+@dataclass(frozen=True)
+class Want:
+    """What is wanted of one chunk: which of its rows, and where they go in the array that is filled."""
+
+    shard: int
+    chunk: int
+    rows: slice | np.ndarray
+    at: slice | np.ndarray
+
+
+@dataclass(frozen=True)
+class Span:
+    """A want, and where the bytes of its chunk lie in the shard."""
+
+    want: Want
+    offset: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        """Where its bytes end."""
+        return self.offset + self.length
+
+
+@dataclass(frozen=True)
+class Range:
+    """Bytes of a shard from `start` on, the spans that lie in them, and the bytes themselves once they are there."""
+
+    key: str
+    start: int
+    spans: tuple[Span, ...]
+    data: memoryview | None = None
+
+    @property
+    def length(self) -> int:
+        """Bytes from the first span to the last."""
+        return self.spans[-1].end - self.start
+
+
+class ArrayReader(Rows):
+    """Rows of one stored array.
+
+    The index of a shard is read once and kept. Chunks that lie near each other are fetched as one range, in parts of the size that the
+    store likes; several threads fetch ranges while those that are there are decoded.
+    """
 
     def __init__(self, store: Store, layout: ArrayLayout) -> None:
         self.store = store
         self.layout = layout
+        self.shape = layout.shape
+        self.dtype = layout.numpy_dtype
         self._indexes: OrderedDict[int, np.ndarray] = OrderedDict()
-        self._lock = Lock()
+        self._lock = threading.Lock()
+        self._own = threading.local()
 
-    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows [start, stop), shape (stop - start, *row_shape), in the stored dtype.
+    @property
+    def cuts(self) -> np.ndarray:
+        """See `Rows`."""
+        return np.append(np.arange(self.layout.n_shards) * self.layout.shard_rows, self.layout.rows)
 
-        Raises:
-            IndexError: the range is not within the array.
-            Corrupt: a shard is missing or is not what was written.
-            StoreError: the store failed.
-        """
-        layout = self.layout
-        stop = layout.rows if stop is None else stop
-        if not 0 <= start <= stop <= layout.rows:
-            raise IndexError(f"{layout.name}: rows {start}:{stop} of {layout.rows}")
-        first, last = start // layout.shard_rows, max(stop - 1, start) // layout.shard_rows
-        if first == last:
-            return self._read_shard(first, start, stop)
-        out = np.empty((stop - start, *layout.row_shape), layout.numpy_dtype)
-        for shard in range(first, last + 1):
-            low, high = layout.shard_range(shard)
-            low, high = max(low, start), min(high, stop)
-            out[low - start : high - start] = self._read_shard(shard, low, high)
+    def read(self, start: int = 0, stop: int | None = None, dtype: np.dtype | None = None) -> np.ndarray:
+        """See `Rows`."""
+        stop = self.check_range(start, stop, self.layout.name)
+        out = np.empty((stop - start, *self.layout.row_shape), dtype or self.dtype)
+        self._fill(out, self._wants_of_range(start, stop))
         return out
 
-    def _read_shard(self, shard: int, start: int, stop: int) -> np.ndarray:
-        layout = self.layout
-        low, high = layout.shard_range(shard)
-        if start >= stop:
-            return np.empty((0, *layout.row_shape), layout.numpy_dtype)
-        first, last = (start - low) // layout.chunk_rows, (stop - 1 - low) // layout.chunk_rows
-        stored = -(-(high - low) // layout.chunk_rows)
-        if last - first + 1 > WHOLE_SHARD_FRACTION * stored:
-            key = layout.shard_key(shard)
-            try:
-                data = self.store.get(key)
-            except NotFound:
-                raise self._missing(key) from None
-            rows = decode_shard(layout, data, high - low, self._where(key))
-            return rows[start - low : stop - low]
-        return self._read_chunks(shard, first, last)[start - low - first * layout.chunk_rows :][: stop - start]
+    def scatter(self, index: np.ndarray, out: np.ndarray, at: np.ndarray) -> None:
+        """See `Rows`."""
+        index = np.asarray(index, np.int64)
+        check_index(index, self.layout.rows, self.layout.name)
+        self._fill(out, self._wants_of_rows(index, np.asarray(at, np.int64)))
 
-    def _read_chunks(self, shard: int, first: int, last: int) -> np.ndarray:
-        """Chunks first … last of a shard, which lie side by side: one range read."""
-        layout = self.layout
-        key = layout.shard_key(shard)
+    def _wants_of_range(self, start: int, stop: int) -> Iterator[Want]:
+        step = self.layout.chunk_rows
+        for low in range(start // step * step, stop, step):
+            first, last = max(start, low), min(stop, low + step)
+            shard, chunk = divmod(low // step, self.layout.chunks_per_shard)
+            yield Want(shard, chunk, slice(first - low, last - low), slice(first - start, last - start))
+
+    def _wants_of_rows(self, index: np.ndarray, at: np.ndarray) -> Iterator[Want]:
+        if len(index) > 1 and (np.diff(index) < 0).any():
+            order = np.argsort(index, kind="stable")
+            index, at = index[order], at[order]
+        numbers = index // self.layout.chunk_rows
+        edges = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(index)] if len(index) else []
+        for low, high in pairwise(edges):
+            number = int(numbers[low])
+            shard, chunk = divmod(number, self.layout.chunks_per_shard)
+            yield Want(shard, chunk, index[low:high] - number * self.layout.chunk_rows, at[low:high])
+
+    def _fill(self, out: np.ndarray, wants: Iterable[Want]) -> None:
+        shards = ((shard, list(group)) for shard, group in groupby(wants, lambda want: want.shard))
+        opened = ahead(lambda each: self._open(*each), shards, lambda each: self._first_bytes(*each), AHEAD_BYTES)
+        ranges = (found for ranges in opened for found in ranges)
+        for found in ahead(self._fetch, ranges, lambda found: found.length, AHEAD_BYTES):
+            spread(lambda span, found=found: self._decode(found, span, out), found.spans)  # type: ignore[misc]
+
+    def _is_whole(self, shard: int, wants: list[Want]) -> bool:
+        low, high = self.layout.shard_range(shard)
+        return len(wants) > WHOLE_SHARD_FRACTION * -(-(high - low) // self.layout.chunk_rows)
+
+    def _first_bytes(self, shard: int, wants: list[Want]) -> int:
+        """Bytes that opening a shard fetches at most."""
+        whole = self.store.part_bytes if self._is_whole(shard, wants) else None
+        return max(self.layout.index_bytes, whole or 0)
+
+    def _open(self, shard: int, wants: list[Want]) -> list[Range]:
+        """The ranges of a shard that have what is wanted. Where most of it is, those come with bytes that had to be read for the index."""
+        key = self.layout.shard_key(shard)
         where = self._where(key)
-        index = self._index(shard, key)
-        spans = [chunk_span(layout, index, chunk, 1 << 62, where) for chunk in range(first, last + 1)]
-        begin, end = min(offset for offset, _ in spans), max(offset + length for offset, length in spans)
-        wanted = sum(length for _, length in spans)
-        if end - begin > wanted + GAP_BYTES * len(spans):
-            raise Corrupt(f"{where}: chunks {first} to {last} do not lie side by side")
-        data = self.store.get_range(key, begin, end - begin)
-        if len(data) != end - begin:
-            raise Corrupt(f"{where}: the object is shorter than its index says")
-        rows = np.empty(((last - first + 1) * layout.chunk_rows, *layout.row_shape), layout.numpy_dtype)
-        for number, (offset, length) in enumerate(spans):
-            out = rows[number * layout.chunk_rows : (number + 1) * layout.chunk_rows]
-            decode_chunk(layout, data[offset - begin : offset - begin + length], out, where)
-        return rows
+        whole = self._is_whole(shard, wants)
+        index, data, begin, size = self._index(shard), None, UNKNOWN_SIZE, UNKNOWN_SIZE
+        try:
+            if whole and self.store.part_bytes is None:
+                data = self.store.get(key)
+                size, begin = len(data), 0
+            elif whole and index is None:
+                data, size = self.store.get_tail(key, self._first_bytes(shard, wants))
+                begin = size - len(data)
+            elif index is None:
+                data = self.store.get_end(key, self.layout.index_bytes)
+        except NotFound:
+            raise self._missing(key) from None
+        if data is not None:
+            index = decode_index(self.layout, data[-self.layout.index_bytes :], where)
+            self._keep(shard, index)
+        assert index is not None
+        spans = [Span(want, *chunk_span(self.layout, index, want.chunk, size, where)) for want in wants]
+        spans.sort(key=lambda span: span.offset)
+        here = tuple(span for span in spans if span.offset >= begin)
+        ranges = self._ranges(key, [span for span in spans if span.offset < begin])
+        return [Range(key, begin, here, data), *ranges] if here else ranges
 
-    def _index(self, shard: int, key: str) -> np.ndarray:
+    def _ranges(self, key: str, spans: list[Span]) -> list[Range]:
+        """Spans in ascending order as ranges: those near each other together, up to the size of a part."""
+        groups: list[list[Span]] = []
+        for span in spans:
+            last = groups[-1] if groups else None
+            near = last is not None and span.offset - last[-1].end <= self.store.gap_bytes
+            if last is not None and near and span.end - last[0].offset <= (self.store.part_bytes or AHEAD_BYTES):
+                last.append(span)
+            else:
+                groups.append([span])
+        return [Range(key, group[0].offset, tuple(group)) for group in groups]
+
+    def _fetch(self, wanted: Range) -> Range:
+        if wanted.data is not None:
+            return wanted
+        try:
+            data = self.store.get_range(wanted.key, wanted.start, wanted.length)
+        except NotFound:
+            raise self._missing(wanted.key) from None
+        if len(data) != wanted.length:
+            raise Corrupt(f"{self._where(wanted.key)}: the object is shorter than its index says; {ADVICE}")
+        return Range(wanted.key, wanted.start, wanted.spans, data)
+
+    def _decode(self, found: Range, span: Span, out: np.ndarray) -> None:
+        """Decode a chunk into its place: at once where all of it is wanted as it is, else by way of this thread's own memory."""
+        assert found.data is not None
+        packed = found.data[span.offset - found.start : span.end - found.start]
+        want, where = span.want, self._where(found.key)
+        if want.rows == slice(0, self.layout.chunk_rows) and out.dtype == self.dtype and out.flags.c_contiguous:
+            decode_chunk(self.layout, packed, out[want.at], where)
+            return
+        whole = getattr(self._own, "chunk", None)
+        if whole is None:
+            whole = self._own.chunk = np.empty((self.layout.chunk_rows, *self.layout.row_shape), self.dtype)
+        decode_chunk(self.layout, packed, whole, where)
+        out[want.at] = whole[want.rows]
+
+    def _index(self, shard: int) -> np.ndarray | None:
+        """A shard's index, if it is known."""
         with self._lock:
             if shard in self._indexes:
                 self._indexes.move_to_end(shard)
-                return self._indexes[shard]
-        try:
-            tail = self.store.get_end(key, self.layout.index_bytes)
-        except NotFound:
-            raise self._missing(key) from None
-        index = decode_index(self.layout, tail, self._where(key))
+            return self._indexes.get(shard)
+
+    def _keep(self, shard: int, index: np.ndarray) -> None:
         with self._lock:
             self._indexes[shard] = index
-            while len(self._indexes) > INDEXES_KEPT:
+            while len(self._indexes) * self.layout.index_bytes > INDEX_BYTES_KEPT and len(self._indexes) > 1:
                 self._indexes.popitem(last=False)
-        return index
 
     def _where(self, key: str) -> str:
         return str(self.store.location.child(key))

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 CLIENT: ClientConfig = {"connect_timeout": timedelta(seconds=10), "timeout": timedelta(minutes=10)}
 RETRY: RetryConfig = {"max_retries": 8, "retry_timeout": timedelta(minutes=3)}
+PART_BYTES = 8 << 20
+GAP_BYTES = 512 << 10
 _memories: dict[str, ObstoreMemory] = {}
 
 
@@ -33,6 +35,8 @@ class RemoteStore(Store):
     """A store behind obstore. One PUT is atomic and carries `If-None-Match: *`."""
 
     objects: ObstoreS3 | ObstoreHttp | ObstoreMemory
+    part_bytes = PART_BYTES
+    gap_bytes = GAP_BYTES
 
     def get(self, key: str, limit: int | None = None) -> memoryview:
         """See `Store`."""
@@ -52,6 +56,12 @@ class RemoteStore(Store):
         """See `Store`."""
         with self._translated(key):
             return memoryview(obstore.get(self.objects, key, options={"range": {"suffix": length}}).bytes())
+
+    def get_tail(self, key: str, length: int) -> tuple[memoryview, int]:
+        """See `Store`."""
+        with self._translated(key):
+            found = obstore.get(self.objects, key, options={"range": {"suffix": length}})
+            return memoryview(found.bytes()), int(found.meta["size"])
 
     def size(self, key: str) -> int:
         """See `Store`."""

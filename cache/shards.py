@@ -86,9 +86,9 @@ def decode_chunk(layout: ArrayLayout, data: Buffer, out: np.ndarray, where: str)
     Raises:
         Corrupt: its crc32c does not hold, or it does not decode to a chunk of this array.
     """
-    view = memoryview(data)
+    view = memoryview(data).toreadonly()
     packed = view[:-CRC_BYTES]
-    if google_crc32c.value(bytes(packed)) != _CRC.unpack(view[-CRC_BYTES:])[0]:
+    if google_crc32c.value(np.frombuffer(packed, np.uint8)) != _CRC.unpack(view[-CRC_BYTES:])[0]:
         raise Corrupt(f"{where}: a chunk's crc32c does not hold; {ADVICE}")
     if len(packed) < _BLOSC_HEADER.size:
         raise Corrupt(f"{where}: a chunk is too short; {ADVICE}")

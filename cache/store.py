@@ -21,6 +21,10 @@ class Store(ABC):
     """
 
     location: Location
+    part_bytes: int | None = None
+    """How much of a large object to ask for at once, or None where `get` costs nothing until its bytes are looked at."""
+    gap_bytes: int = 16 << 10
+    """Bytes that are cheaper read and thrown away than left out by a second request."""
 
     @abstractmethod
     def get(self, key: str, limit: int | None = None) -> memoryview:
@@ -44,6 +48,10 @@ class Store(ABC):
     @abstractmethod
     def get_end(self, key: str, length: int) -> memoryview:
         """The last `length` bytes of an object."""
+
+    def get_tail(self, key: str, length: int) -> tuple[memoryview, int]:
+        """The last `length` bytes of an object, and how many it has."""
+        return self.get_end(key, length), self.size(key)
 
     @abstractmethod
     def size(self, key: str) -> int:

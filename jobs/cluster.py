@@ -20,7 +20,7 @@ from typing import Any
 import distributed
 import torch
 
-from actcache.jobs.cores import available_cores
+from actcache.cache.cores import available_cores
 from actcache.jobs.engine import POLL_SECONDS, Event, Failed
 from actcache.jobs.forecast import Sample
 from actcache.jobs.local_cluster import local_cluster

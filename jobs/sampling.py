@@ -9,12 +9,12 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from actcache.cache.cores import available_cores
 from actcache.cache.seal import head_layout
 from actcache.cache.store import open_store
 from actcache.jobs.batches import Batch
 from actcache.jobs.blocks import BlockRunner
 from actcache.jobs.capture import run
-from actcache.jobs.cores import available_cores
 from actcache.jobs.determinism import deterministic
 from actcache.jobs.environment import device_name
 from actcache.jobs.feeds import Feed, ItemFeed, ReadTokens, TokenFeed

@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from threading import BoundedSemaphore, Event, Lock
 
+from actcache.cache.cores import available_cores
 from actcache.cache.location import Location
 from actcache.cache.publish import publish, publish_array, publish_document
 from actcache.cache.reader import ArrayReader
@@ -21,7 +22,6 @@ from actcache.cache.store import Store, open_store
 from actcache.jobs.allocator import few_arenas
 from actcache.jobs.anatomy import Studied
 from actcache.jobs.blocks import BlockRunner
-from actcache.jobs.cores import available_cores
 from actcache.jobs.determinism import deterministic
 from actcache.jobs.environment import environment
 from actcache.jobs.feeds import Feed

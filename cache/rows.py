@@ -1,0 +1,109 @@
+"""What can be read row by row: a stored array, the values of a quantised one, several of them end to end."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import numpy as np
+
+
+class Rows(ABC):
+    """Rows of one array. Safe to use from several threads.
+
+    Attributes:
+        shape: (row, …).
+        dtype: of the values.
+        cuts: first row of each piece that is one object in the store, then the number of rows: what is cheapest read whole.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    @abstractmethod
+    def cuts(self) -> np.ndarray:
+        """Row splits of the objects, (object + 1,), int64."""
+
+    @abstractmethod
+    def scatter(self, index: np.ndarray, out: np.ndarray, at: np.ndarray) -> None:
+        """Read rows `index` (n,), in any order, repeated or not, into `out[at]`, converted to the dtype of `out`.
+
+        Raises:
+            IndexError: a row is not within the array.
+            Corrupt: a shard is missing or is not what was written.
+            StoreError: the store failed.
+        """
+
+    @abstractmethod
+    def read(self, start: int = 0, stop: int | None = None, dtype: np.dtype | None = None) -> np.ndarray:
+        """Rows [start, stop), shape (stop - start, …), as `dtype` or as they are.
+
+        Raises:
+            IndexError: the range is not within the array.
+            Corrupt: a shard is missing or is not what was written.
+            StoreError: the store failed.
+        """
+
+    def take(self, index: np.ndarray, dtype: np.dtype | None = None) -> np.ndarray:
+        """Rows `index` (n,), in any order, repeated or not, shape (n, …). Rows that lie together are read together.
+
+        Raises: as `scatter`.
+        """
+        out = np.empty((len(index), *self.shape[1:]), dtype or self.dtype)
+        self.scatter(index, out, np.arange(len(index)))
+        return out
+
+    def check_range(self, start: int, stop: int | None, name: str) -> int:
+        """The end of a range of rows; refuses one that is not within the array."""
+        stop = self.shape[0] if stop is None else stop
+        if not 0 <= start <= stop <= self.shape[0]:
+            raise IndexError(f"{name}: rows {start}:{stop} of {self.shape[0]}")
+        return stop
+
+
+class JoinedRows(Rows):
+    """Arrays of equal rows, one after the other."""
+
+    def __init__(self, parts: Sequence[Rows]) -> None:
+        self._parts = parts
+        self._starts = np.cumsum([0, *(part.shape[0] for part in parts)])
+        self.shape = (int(self._starts[-1]), *parts[0].shape[1:])
+        self.dtype = (
+            np.result_type(*{part.dtype for part in parts}) if len({p.dtype for p in parts}) > 1 else parts[0].dtype
+        )
+
+    @property
+    def cuts(self) -> np.ndarray:
+        """See `Rows`."""
+        found = [part.cuts[:-1] + start for part, start in zip(self._parts, self._starts, strict=False)]
+        return np.concatenate([*found, self._starts[-1:]])
+
+    def scatter(self, index: np.ndarray, out: np.ndarray, at: np.ndarray) -> None:
+        """See `Rows`."""
+        index = np.asarray(index, np.int64)
+        check_index(index, self.shape[0], "rows")
+        owner = np.searchsorted(self._starts, index, side="right") - 1
+        for number in np.unique(owner).tolist():
+            mine = np.flatnonzero(owner == number)
+            self._parts[number].scatter(index[mine] - self._starts[number], out, at[mine])
+
+    def read(self, start: int = 0, stop: int | None = None, dtype: np.dtype | None = None) -> np.ndarray:
+        """See `Rows`."""
+        stop = self.check_range(start, stop, "rows")
+        pieces = []
+        for part, first in zip(self._parts, self._starts.tolist(), strict=False):
+            low, high = max(start - first, 0), min(stop - first, part.shape[0])
+            if low < high:
+                pieces.append(part.read(low, high, dtype or self.dtype))
+        if len(pieces) == 1:
+            return pieces[0]
+        return np.concatenate([*pieces, np.empty((0, *self.shape[1:]), dtype or self.dtype)])
+
+
+def check_index(index: np.ndarray, rows: int, name: str) -> None:
+    """Refuse an index that is not a list of rows of the array."""
+    if index.ndim != 1:
+        raise IndexError(f"{name}: an index of {index.ndim} dimensions; one is asked for")
+    if len(index) and not (int(index.min()) >= 0 and int(index.max()) < rows):
+        raise IndexError(f"{name}: rows {int(index.min())} to {int(index.max())} of {rows}")
