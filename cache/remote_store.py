@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -103,6 +104,7 @@ class RemoteStore(Store):
     @contextmanager
     def _translated(self, key: str) -> Iterator[None]:
         where = self.location.child(key) if key else self.location
+        _check_process(where)
         try:
             yield
         except FileNotFoundError as error:
@@ -206,6 +208,31 @@ class MemoryStore(RemoteStore):
     def __init__(self, location: Location) -> None:
         self.location = location
         self.objects = _memories.setdefault(location.url, ObstoreMemory())
+
+
+class _Connections:
+    """Whether this process has opened connections, or is a fork of one that had: those of obstore then never answer."""
+
+    opened = False
+    lost = False
+
+    @classmethod
+    def forked(cls) -> None:
+        """Note, in the child, that there was a fork."""
+        cls.lost = cls.opened
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+    os.register_at_fork(after_in_child=_Connections.forked)
+
+
+def _check_process(where: Location) -> None:
+    if _Connections.lost:
+        raise StoreError(
+            f"{where}: this process was forked from one that had opened connections, which do not work here; start workers "
+            "by 'spawn' or 'forkserver' (DataLoader(…, multiprocessing_context='forkserver'))"
+        )
+    _Connections.opened = True
 
 
 def _reason(error: BaseException) -> str:

@@ -1,98 +1,109 @@
-"""Lazy Dask arrays over stored ones."""
+"""Rows of a view as lazy Dask arrays."""
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from actcache.cache.location import Location
-from actcache.cache.reader import ArrayReader
-from actcache.cache.store import open_store
-from actcache.schemas.array import ArrayLayout
-from actcache.schemas.canonical import digest
+from actcache.clients.sources import Source, cuts
+from actcache.clients.token_index import Span, TokenIndex
+from actcache.schemas.errors import InvalidInput
 
 if TYPE_CHECKING:
     import dask.array as da
 
+FEWEST_PARTS = 4
+"""A chunk of selected tokens grows until it has at least a quarter as many rows as an object of the store."""
 
-class StoredArray:
-    """What a Dask graph holds of a stored array: where it is and how it is cut. Travels without credentials."""
 
-    def __init__(self, location: Location, manifest: str, layout: ArrayLayout, dtype: np.dtype) -> None:
-        self.location = location
-        self.manifest = manifest
-        self.layout = layout
+class LazyRows:
+    """What a Dask graph holds of an array: where it comes from, which of its rows, and the dtype to make of it."""
+
+    def __init__(self, source: Source, index: TokenIndex, dtype: np.dtype) -> None:
+        self.source = source
+        self.index = index
         self.dtype = dtype
-        self.shape = layout.shape
-        self.ndim = len(layout.shape)
+        self.shape = (len(index), *source.shape[1:])
+        self.ndim = len(self.shape)
 
-    def __getitem__(self, index: Any) -> Any:
-        """Rows by one slice of the first axis, then whatever numpy makes of the rest of the index."""
-        index = index if isinstance(index, tuple) else (index,)
-        rows, rest = index[0], index[1:]
-        reader = self.reader()
+    def __getitem__(self, key: Any) -> Any:
+        """Rows by a slice, an integer or a list, then whatever numpy makes of the rest of the key."""
+        key = key if isinstance(key, tuple) else (key,)
+        rows, rest = key[0], key[1:]
         if isinstance(rows, slice):
             start, stop, step = rows.indices(self.shape[0])
-            if step > 0:
-                stop = max(start, stop)
-                found = reader.read(start, stop)[:: step if step > 1 else None]
-            else:
-                low, high = min(stop + 1, start + 1), start + 1
-                found = reader.read(low, high)[::-1][::-step]
+            positions = range(start, stop, step)
+            low, high = (min(positions), max(positions) + 1) if positions else (0, 0)
+            found = self._read(low, high)[:: abs(step)]
+            found = found[::-1] if step < 0 else found
         elif isinstance(rows, int | np.integer):
             row = int(rows) + (self.shape[0] if rows < 0 else 0)
-            found = reader.read(row, row + 1)[0]
-            return found[rest].astype(self.dtype, copy=False)
+            return self._read(row, row + 1)[0][rest]
         else:
             wanted = np.asarray(rows)
             wanted = np.flatnonzero(wanted) if wanted.dtype == bool else wanted
-            low = int(wanted.min()) if len(wanted) else 0
-            found = reader.read(low, int(wanted.max()) + 1 if len(wanted) else 0)[wanted - low]
-        return found[(slice(None), *rest)].astype(self.dtype, copy=False)
+            wanted = np.where(wanted < 0, wanted + self.shape[0], wanted)
+            found = self._take(wanted)
+        return found[(slice(None), *rest)]
 
-    def reader(self) -> Any:
-        """What reads rows of it."""
-        return reader_of(self.location, self.manifest, self.layout)
+    def _read(self, low: int, high: int) -> np.ndarray:
+        if isinstance(self.index, Span):
+            return self.source.open().read(self.index.start + low, self.index.start + high, self.dtype)
+        return self.source.open().take(self.index.tokens(low, high), self.dtype)
 
-    def __dask_tokenize__(self) -> tuple[str, ...]:
-        layout = digest([self.layout.document(), self.dtype.name])
-        return ("actcache", self.location.url, self.manifest, self.layout.name, layout)
+    def _take(self, positions: np.ndarray) -> np.ndarray:
+        if not len(positions):
+            return np.empty((0, *self.shape[1:]), self.dtype)
+        low, high = int(positions.min()), int(positions.max()) + 1
+        return self.source.open().take(self.index.tokens(low, high)[positions - low], self.dtype)
+
+    def __dask_tokenize__(self) -> tuple[object, ...]:
+        whole = isinstance(self.index, Span) and len(self.index) == self.source.shape[0]
+        return (*self.source.key, self.dtype.name, *(() if whole else self.index.key))
 
 
-@lru_cache(maxsize=512)
-def reader_of(location: Location, manifest: str, layout: ArrayLayout) -> ArrayReader:
-    """One reader, and so one connection pool and one set of shard indexes, for each array in a process.
+def lazy(source: Source, index: TokenIndex, dtype: np.dtype, chunks: int | None = None) -> da.Array:
+    """The rows of a view as a Dask array. Reads nothing.
 
-    The manifest stands in the key so that a dataset made anew at the same URL is not read with old indexes.
+    A Dask chunk is what the view has of one object of the store, or `chunks` rows. Where a mask keeps few tokens of each object,
+    neighbours share a chunk.
     """
-    return ArrayReader(_store(location), layout)
-
-
-@lru_cache(maxsize=64)
-def _store(location: Location) -> Any:
-    return open_store(location)
-
-
-def lazy_array(location: Location, manifest: str, layout: ArrayLayout, dtype: np.dtype | None) -> da.Array:
-    """A stored array as a Dask array, one Dask chunk a shard, of `dtype` or as stored. Reads nothing."""
-    return lazy(StoredArray(location, manifest, layout, dtype or layout.numpy_dtype))
-
-
-def lazy(stored: StoredArray) -> da.Array:
-    """A Dask array of a stored one, one Dask chunk a shard."""
     import dask.array as da
     from dask.base import tokenize
 
-    layout = stored.layout
-    chunks = (layout.shard_rows, *layout.row_shape)
+    stored = LazyRows(source, index, dtype)
     array: da.Array = da.from_array(  # type: ignore[no-untyped-call]
         stored,
-        chunks=chunks,
-        name=f"{layout.name}-{tokenize(stored)}",
+        chunks=((_rows(source, index, chunks)), *((size,) for size in source.shape[1:])),
+        name=f"{source.name}-{tokenize(stored)}",
         lock=False,
-        meta=np.empty((0,) * stored.ndim, stored.dtype),
-        inline_array=True,
+        meta=np.empty((0,) * stored.ndim, dtype),
+        inline_array=isinstance(index, Span),  # a mask is sent to a worker once, not with every task
     )
     return array
+
+
+def _rows(source: Source, index: TokenIndex, chunks: int | None) -> tuple[int, ...]:
+    """Rows of each Dask chunk."""
+    if chunks is not None:
+        if type(chunks) is not int or chunks < 1:
+            raise InvalidInput(f"chunks={chunks!r}: give the number of tokens of a Dask chunk, at least 1")
+        return _equal(len(index), chunks)
+    if isinstance(index, Span) and len(index) == source.shape[0]:
+        return source.chunks
+    most = max(source.chunks)
+    if not index.ascending:
+        return _equal(len(index), most)
+    found: list[int] = []
+    for count in index.counts(cuts(source)).tolist():
+        if found and found[-1] * FEWEST_PARTS < most and found[-1] + count <= most:
+            found[-1] += count
+        elif count:
+            found.append(count)
+    return tuple(found) or (0,)
+
+
+def _equal(rows: int, most: int) -> tuple[int, ...]:
+    whole, rest = divmod(rows, most)
+    return (*((most,) * whole), *((rest,) if rest or not whole else ()))

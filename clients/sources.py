@@ -1,0 +1,160 @@
+"""Where the rows of an array come from, without any connection: what travels to other processes and is opened there."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import accumulate
+
+import numpy as np
+
+from actcache.cache.location import Location
+from actcache.cache.quantise import QuantisedReader
+from actcache.cache.reader import ArrayReader
+from actcache.cache.rows import JoinedRows, Rows
+from actcache.cache.store import Store, open_store
+from actcache.schemas.array import ArrayLayout
+from actcache.schemas.canonical import digest
+from actcache.schemas.dtypes import numpy_dtype
+from actcache.schemas.quantised import Kind
+
+
+class Source(ABC):
+    """An array of a dataset. It can be pickled, and holds no credentials.
+
+    Attributes:
+        name: the array's.
+        shape: (row, …).
+        dtype: of its values.
+        cuts: row splits of the objects that it is stored as: tuples, so that a graph of them is made without reading.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    @abstractmethod
+    def chunks(self) -> tuple[int, ...]:
+        """Rows of each object that it is stored as."""
+
+    @abstractmethod
+    def open(self) -> Rows:
+        """What reads it. Opened twice in a process, it has one set of connections and indexes."""
+
+    @property
+    @abstractmethod
+    def key(self) -> tuple[object, ...]:
+        """What tells its content from that of others."""
+
+    def __dask_tokenize__(self) -> tuple[object, ...]:
+        return self.key
+
+
+class StoredSource(Source):
+    """An array as it is stored."""
+
+    def __init__(self, location: Location, manifest: str, layout: ArrayLayout) -> None:
+        self._location = location
+        self._manifest = manifest
+        self._layout = layout
+        self.name = layout.name
+        self.shape = layout.shape
+        self.dtype = layout.numpy_dtype
+
+    @property
+    def chunks(self) -> tuple[int, ...]:
+        """See `Source`."""
+        whole, rest = divmod(self._layout.rows, self._layout.shard_rows)
+        return (*((self._layout.shard_rows,) * whole), *((rest,) if rest or not whole else ()))
+
+    def open(self) -> Rows:
+        """See `Source`."""
+        return _reader(self._location, self._manifest, self._layout)
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """See `Source`."""
+        return ("actcache", self._location.url, self._manifest, self.name, digest(self._layout.document()))
+
+
+class QuantisedSource(Source):
+    """The values, float32, that a quantised site stands for."""
+
+    def __init__(self, codes: StoredSource, scales: StoredSource, kind: Kind, group: int) -> None:
+        self._codes = codes
+        self._scales = scales
+        self._kind = kind
+        self._group = group
+        self.name = codes.name
+        self.shape = codes.shape
+        self.dtype = numpy_dtype("float32")
+
+    @property
+    def chunks(self) -> tuple[int, ...]:
+        """See `Source`."""
+        return self._codes.chunks
+
+    def open(self) -> Rows:
+        """See `Source`."""
+        return QuantisedReader(self._codes.open(), self._scales.open(), self._kind, self._group)
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """See `Source`."""
+        return (*self._codes.key, *self._scales.key, self._kind, self._group)
+
+
+class JoinedSource(Source):
+    """The same array of several datasets, one after the other."""
+
+    def __init__(self, parts: Sequence[Source]) -> None:
+        self._parts = tuple(parts)
+        self.name = parts[0].name
+        self.shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+        self.dtype = parts[0].dtype
+
+    @property
+    def chunks(self) -> tuple[int, ...]:
+        """See `Source`."""
+        return tuple(size for part in self._parts for size in part.chunks if size)
+
+    def open(self) -> Rows:
+        """See `Source`."""
+        return JoinedRows([part.open() for part in self._parts])
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """See `Source`."""
+        return tuple(part.key for part in self._parts)
+
+
+def cuts(source: Source) -> np.ndarray:
+    """Row splits of the objects that a source is stored as, (object + 1,), int64."""
+    return np.array([0, *accumulate(source.chunks)], np.int64)
+
+
+@lru_cache(maxsize=512)
+def _reader(location: Location, manifest: str, layout: ArrayLayout) -> ArrayReader:
+    """One reader, and so one set of shard indexes, for each array in a process.
+
+    The manifest stands in the key so that a dataset made anew at the same URL is not read with old indexes.
+    """
+    return ArrayReader(_store(location), layout)
+
+
+@lru_cache(maxsize=64)
+def _store(location: Location) -> Store:
+    return open_store(location)
+
+
+def _forget() -> None:
+    """In a forked child: what its parent opened is of no use, and a lock of it may be held for ever."""
+    _reader.cache_clear()
+    _store.cache_clear()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+    os.register_at_fork(after_in_child=_forget)
