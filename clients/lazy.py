@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from actcache.clients.sources import Source, cuts
+from actcache.clients.sources import Source, cuts, read
 from actcache.clients.token_index import Span, TokenIndex
 from actcache.schemas.errors import InvalidInput
 
@@ -48,9 +48,7 @@ class LazyRows:
         return found[(slice(None), *rest)]
 
     def _read(self, low: int, high: int) -> np.ndarray:
-        if isinstance(self.index, Span):
-            return self.source.open().read(self.index.start + low, self.index.start + high, self.dtype)
-        return self.source.open().take(self.index.tokens(low, high), self.dtype)
+        return read(self.source, self.index, low, high, self.dtype)
 
     def _take(self, positions: np.ndarray) -> np.ndarray:
         if not len(positions):

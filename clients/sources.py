@@ -15,6 +15,7 @@ from actcache.cache.quantise import QuantisedReader
 from actcache.cache.reader import ArrayReader
 from actcache.cache.rows import JoinedRows, Rows
 from actcache.cache.store import Store, open_store
+from actcache.clients.token_index import Span, TokenIndex
 from actcache.schemas.array import ArrayLayout
 from actcache.schemas.canonical import digest
 from actcache.schemas.dtypes import numpy_dtype
@@ -134,6 +135,18 @@ class JoinedSource(Source):
 def cuts(source: Source) -> np.ndarray:
     """Row splits of the objects that a source is stored as, (object + 1,), int64."""
     return np.array([0, *accumulate(source.chunks)], np.int64)
+
+
+def read(source: Source, index: TokenIndex, low: int, high: int, dtype: np.dtype | None = None) -> np.ndarray:
+    """The rows of the tokens at positions [low, high) of an index, shape (high - low, …), as `dtype` or as they are.
+
+    Raises:
+        Corrupt: a shard is missing or is not what was written.
+        StoreError: the store failed.
+    """
+    if isinstance(index, Span):
+        return source.open().read(index.start + low, index.start + high, dtype)
+    return source.open().take(index.tokens(low, high), dtype)
 
 
 @lru_cache(maxsize=512)

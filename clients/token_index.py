@@ -38,6 +38,11 @@ class TokenIndex(ABC):
 
     @property
     @abstractmethod
+    def end(self) -> int:
+        """A place on the token axis beyond all of them."""
+
+    @property
+    @abstractmethod
     def key(self) -> tuple[object, ...]:
         """What tells it from others."""
 
@@ -63,6 +68,11 @@ class Span(TokenIndex):
     def counts(self, cuts: np.ndarray) -> np.ndarray:
         """See `TokenIndex`."""
         return np.diff(np.clip(cuts, self.start, self.stop))
+
+    @property
+    def end(self) -> int:
+        """See `TokenIndex`."""
+        return self.stop
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -121,6 +131,11 @@ class Masked(TokenIndex):
         ]
         return np.diff(np.array(before, np.int64))
 
+    @property
+    def end(self) -> int:
+        """See `TokenIndex`."""
+        return 8 * len(self._bits)
+
     @cached_property
     def key(self) -> tuple[object, ...]:  # type: ignore[override]
         """See `TokenIndex`."""
@@ -153,6 +168,11 @@ class Listed(TokenIndex):
     def counts(self, cuts: np.ndarray) -> np.ndarray:
         """See `TokenIndex`."""
         return np.diff(np.searchsorted(self._sorted, cuts))
+
+    @property
+    def end(self) -> int:
+        """See `TokenIndex`."""
+        return int(self._listed.max(initial=-1)) + 1
 
     @cached_property
     def key(self) -> tuple[object, ...]:  # type: ignore[override]
