@@ -14,9 +14,11 @@ from actcache.cache.location import Location
 from actcache.cache.opening import SealedRoot, read_head, read_root
 from actcache.cache.reader import ArrayReader
 from actcache.cache.store import Store, open_store
+from actcache.cache.tokenizer import read_tokenizer
 from actcache.clients.lazy import lazy_array
 from actcache.clients.quantised import QuantisedForm, lazy_values, quantised_forms
 from actcache.clients.summary import html_summary, printable, summary
+from actcache.clients.text import Text
 from actcache.schemas.dtypes import numpy_dtype
 from actcache.schemas.errors import InvalidInput, NotFound
 from actcache.schemas.plan import ModelShape
@@ -229,6 +231,16 @@ class Dataset:
             NotFound: the dataset was built without a head.
         """
         return read_head(self._store, self._root)
+
+    @cached_property
+    def tokenizer(self) -> Text:
+        """The tokenizer, which makes text of token ids; needs the extra `actcache[text]`.
+
+        Raises:
+            NotFound: the dataset holds none.
+            Corrupt: one of its files is missing or damaged.
+        """
+        return Text(read_tokenizer(self._store, self._root), self.url)
 
     def rows(self, name: str, start: int, stop: int, quantised: str | None = None) -> np.ndarray:
         """Rows [start, stop) of an array at once, without Dask; in the stored dtype.
