@@ -13,7 +13,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[jobs,xarray,plots]' --group test --group lint
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[jobs,text,xarray,plots]' --group test --group lint
 	touch $@
 
 demo: $(VENV)/.installed  ## build a dataset from the bundled model, check it and draw it
@@ -26,7 +26,7 @@ demo: $(VENV)/.installed  ## build a dataset from the bundled model, check it an
 $(VENV)-client/.installed: pyproject.toml
 	$(CLIENT_PYTHON) -m venv $(VENV)-client
 	$(VENV)-client/bin/python -m pip install --quiet --upgrade pip
-	$(VENV)-client/bin/python -m pip install --quiet --editable '.[xarray,plots]' --group test
+	$(VENV)-client/bin/python -m pip install --quiet --editable '.[text,xarray,plots]' --group test
 	touch $@
 
 ifeq ($(CLIENT_PYTHON),)

@@ -69,9 +69,7 @@ class JoinedRows(Rows):
         self._parts = parts
         self._starts = np.cumsum([0, *(part.shape[0] for part in parts)])
         self.shape = (int(self._starts[-1]), *parts[0].shape[1:])
-        self.dtype = (
-            np.result_type(*{part.dtype for part in parts}) if len({p.dtype for p in parts}) > 1 else parts[0].dtype
-        )
+        self.dtype = parts[0].dtype
 
     @property
     def cuts(self) -> np.ndarray:
@@ -99,6 +97,50 @@ class JoinedRows(Rows):
         if len(pieces) == 1:
             return pieces[0]
         return np.concatenate([*pieces, np.empty((0, *self.shape[1:]), dtype or self.dtype)])
+
+
+class ShiftedRows(Rows):
+    """Whole numbers with another added to each."""
+
+    def __init__(self, base: Rows, by: int) -> None:
+        self._base = base
+        self._by = by
+        self.shape, self.dtype = base.shape, base.dtype
+
+    @property
+    def cuts(self) -> np.ndarray:
+        """See `Rows`."""
+        return self._base.cuts
+
+    def scatter(self, index: np.ndarray, out: np.ndarray, at: np.ndarray) -> None:
+        """See `Rows`."""
+        out[at] = self._base.take(index) + self._by
+
+    def read(self, start: int = 0, stop: int | None = None, dtype: np.dtype | None = None) -> np.ndarray:
+        """See `Rows`."""
+        return (self._base.read(start, stop) + self._by).astype(dtype or self.dtype, copy=False)
+
+
+class ColumnRows(Rows):
+    """One column of rows."""
+
+    def __init__(self, base: Rows, column: int) -> None:
+        self._base = base
+        self._column = column
+        self.shape, self.dtype = base.shape[:1], base.dtype
+
+    @property
+    def cuts(self) -> np.ndarray:
+        """See `Rows`."""
+        return self._base.cuts
+
+    def scatter(self, index: np.ndarray, out: np.ndarray, at: np.ndarray) -> None:
+        """See `Rows`."""
+        out[at] = self._base.take(index)[:, self._column]
+
+    def read(self, start: int = 0, stop: int | None = None, dtype: np.dtype | None = None) -> np.ndarray:
+        """See `Rows`."""
+        return np.ascontiguousarray(self._base.read(start, stop, dtype)[:, self._column])
 
 
 def check_index(index: np.ndarray, rows: int, name: str) -> None:

@@ -32,6 +32,7 @@ from actcache.schemas.receipt import HEAD_RECEIPT, HeadReceipt, Receipt, receipt
 from actcache.schemas.root import ROOT_KEY, ReplayResult
 from actcache.schemas.root_document import root_bytes
 from actcache.schemas.sites import site_meaning
+from actcache.schemas.tokenizer import files_among
 
 ENVIRONMENTS = f"{RECORDS}environments/"
 PARTS_NAMED = 20
@@ -293,6 +294,7 @@ def _root(sealed: SealedParts, tokens: TokensRecord) -> bytes:
         "eos_token_id": tokens.eos_token_id,
         "generations": [sealed.generation],
         "arrays": sealed.roles(0),
+        "tokenizer": [file.document() for file in files_among(tokens.objects)],
     }
     return root_bytes(attributes, sealed.members)
 

@@ -131,6 +131,9 @@ def _incomplete(root: SealedRoot, expected: dict[str, StoredObject]) -> Iterable
             yield Problem(layout.metadata_key, "not in the manifest")
         elif entry.sha256 != sha256(canonical(members[name])):
             yield Problem(layout.metadata_key, "differs from the copy in the root")
+    for file in root.attributes.tokenizer:
+        if expected.get(file.key) != file.stored():
+            yield Problem(file.key, "is not in the manifest as the root names it")
 
 
 def _check_roots(store: Store, root: SealedRoot, report: Report) -> None:

@@ -13,11 +13,12 @@ from actcache.cache.head import Head
 from actcache.cache.location import Location
 from actcache.cache.opening import SealedRoot, read_head, read_root
 from actcache.cache.store import Store, open_store
+from actcache.cache.tokenizer import read_tokenizer
 from actcache.clients.columns import Columns
 from actcache.clients.quantised import QuantisedForm, quantised_forms
-from actcache.clients.sources import QuantisedSource, Source, StoredSource
+from actcache.clients.sources import Column, QuantisedSource, Source, StoredSource
 from actcache.clients.summary import html_summary, printable, summary
-from actcache.clients.token_index import Span, TokenIndex
+from actcache.clients.text import Text
 from actcache.clients.whole import Whole
 from actcache.schemas.errors import NotFound
 from actcache.schemas.plan import ModelShape
@@ -86,18 +87,14 @@ class Dataset(Whole):
     def _stored(self, name: str) -> StoredSource:
         return StoredSource(self._store.location, self._manifest_of(name), self._root.layouts[name])
 
-    def _index_of(self, source: Source) -> TokenIndex:
-        """See `View`. Arrays that are not along the token axis have all of their own rows."""
-        return Span(0, source.shape[0])
-
     @cached_property
-    def fields(self) -> tuple[str, ...]:  # type: ignore[override]
+    def fields(self) -> tuple[str, ...]:
         """See `View`."""
         layouts = self._root.layouts
         return tuple(name for name in layouts if layouts[name].dimensions == ("token",))
 
     @cached_property
-    def tokens(self) -> Columns:  # type: ignore[override]
+    def tokens(self) -> Columns:
         """See `View`. With `sequence_start` and `document_row` among them."""
         names = [name for name, role in self._root.attributes.arrays.items() if role.role == "token"]
         return Columns(f"{self.url}: no token array", names, lambda name: self.source(name).open().read())
@@ -130,13 +127,8 @@ class Dataset(Whole):
         """The sites of the residual stream that the dataset has in any form: the embedding, then each block's output."""
         return [site for site in residual_stream(self.model.n_layers) if site in self.sites or site in self._forms]
 
-    @property
-    def sequence_start(self) -> np.ndarray:
-        """See `Whole`."""
-        return self.tokens["sequence_start"]
-
     @cached_property
-    def norm(self) -> dict[str, np.ndarray]:  # type: ignore[override]
+    def norm(self) -> dict[str, np.ndarray]:
         """See `View`."""
         columns: dict[str, np.ndarray] = {}
         for name, sites in self._norm_arrays().items():
@@ -149,15 +141,15 @@ class Dataset(Whole):
         arrays, generations = self._root.attributes.arrays, self._root.attributes.generations
         return {name: generations[role.generation].captured for name, role in arrays.items() if role.role == "norm"}
 
-    def norm_source(self, site: str) -> tuple[Source, int]:
+    def norm_source(self, site: str) -> Source:
         """See `View`."""
         for name, sites in self._norm_arrays().items():
             if site in sites:
-                return self.source(name), sites.index(site)
+                return Column(self.source(name), sites.index(site))
         raise self._no_site(site)
 
     @cached_property
-    def statistics(self) -> dict[str, dict[str, np.ndarray]]:  # type: ignore[override]
+    def statistics(self) -> dict[str, dict[str, np.ndarray]]:
         """See `View`."""
         found = {}
         for site in self._root.attributes.captured:
@@ -166,9 +158,14 @@ class Dataset(Whole):
         return found
 
     @cached_property
-    def head(self) -> Head:  # type: ignore[override]
+    def head(self) -> Head:
         """See `View`."""
         return read_head(self._store, self._root)
+
+    @cached_property
+    def tokenizer(self) -> Text:
+        """See `View`. Needs the extra `actcache[text]`."""
+        return Text(read_tokenizer(self._store, self._root), self.url)
 
     @property
     def zarr(self) -> zarr.Group:

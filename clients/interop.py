@@ -1,16 +1,26 @@
-"""The dataset in the hands of other readers."""
+"""A view in the hands of other libraries: zarr-python, xarray, torch."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
 
 from actcache.cache.local_store import LocalStore
 from actcache.cache.remote_store import RemoteStore
 from actcache.cache.store import Store
+from actcache.clients.lazy import lazy
+from actcache.clients.token_index import Span
 from actcache.schemas.errors import Unsupported
+from actcache.schemas.grid import TOKEN_DTYPES
 
 if TYPE_CHECKING:
+    import torch
+    import xarray
     import zarr
+
+    from actcache.clients.view import View
 
 
 def zarr_group(store: Store) -> zarr.Group:
@@ -28,3 +38,36 @@ def zarr_group(store: Store) -> zarr.Group:
     if isinstance(store, RemoteStore):
         return zarr.open_group(ObjectStore(store.objects, read_only=True), mode="r")
     raise Unsupported(f"{store.location}: zarr-python has no store of this kind")
+
+
+def to_xarray(view: View) -> xarray.Dataset:
+    """See `View.to_xarray`."""
+    import dask.array as da
+    import xarray
+
+    arrays: dict[str, Any] = {name: (("token",), view[name]) for name in view.fields}
+    coordinates: dict[str, Any] = {name: array for name, array in arrays.items() if name in TOKEN_DTYPES}
+    if not (isinstance(view.index, Span) and view.index.start == 0):
+        coordinates["token"] = (("token",), view.index.tokens(0, view.n_tokens))
+    variables: dict[str, Any] = {name: array for name, array in arrays.items() if name not in coordinates}
+    for site in view.sites:
+        source = view.source(site)
+        variables[site] = (source.axes, view.site(site))
+    if all(site in view.sites for site in view.residual_states):
+        variables["resid"] = (("layer", "token", "d_model"), view.resid)
+        coordinates["layer"] = (("layer",), np.array(view.layers))
+        coordinates["state"] = (("layer",), np.array(view.residual_states))
+    if view.captured:
+        norms = [lazy(source, view.index, source.dtype) for source in map(view.norm_source, view.captured)]
+        variables["norm"] = (("token", "site"), da.stack(norms, axis=1))  # type: ignore[no-untyped-call]
+        coordinates["site"] = (("site",), np.array(view.captured))
+    return xarray.Dataset(variables, coordinates, {"url": view.url})
+
+
+def tensor(rows: np.ndarray) -> torch.Tensor:
+    """An array as a tensor of the same memory; bfloat16, which torch does not take from numpy, by its bits."""
+    import torch
+
+    if rows.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(rows.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(rows)

@@ -13,7 +13,7 @@ import numpy as np
 from actcache.cache.location import Location
 from actcache.cache.quantise import QuantisedReader
 from actcache.cache.reader import ArrayReader
-from actcache.cache.rows import JoinedRows, Rows
+from actcache.cache.rows import ColumnRows, JoinedRows, Rows, ShiftedRows
 from actcache.cache.store import Store, open_store
 from actcache.clients.token_index import Span, TokenIndex
 from actcache.schemas.array import ArrayLayout
@@ -29,10 +29,11 @@ class Source(ABC):
         name: the array's.
         shape: (row, …).
         dtype: of its values.
-        cuts: row splits of the objects that it is stored as: tuples, so that a graph of them is made without reading.
+        axes: names of its axes, the first of which is `token` for what there is of every token.
     """
 
     name: str
+    axes: tuple[str, ...]
     shape: tuple[int, ...]
     dtype: np.dtype
 
@@ -62,6 +63,7 @@ class StoredSource(Source):
         self._manifest = manifest
         self._layout = layout
         self.name = layout.name
+        self.axes = layout.dimensions
         self.shape = layout.shape
         self.dtype = layout.numpy_dtype
 
@@ -81,6 +83,52 @@ class StoredSource(Source):
         return ("actcache", self._location.url, self._manifest, self.name, digest(self._layout.document()))
 
 
+class Shifted(Source):
+    """An array of whole numbers with another added to each: what counts from 0 in each of several datasets."""
+
+    def __init__(self, base: Source, by: int) -> None:
+        self._base = base
+        self._by = by
+        self.name, self.axes, self.shape, self.dtype = base.name, base.axes, base.shape, base.dtype
+
+    @property
+    def chunks(self) -> tuple[int, ...]:
+        """See `Source`."""
+        return self._base.chunks
+
+    def open(self) -> Rows:
+        """See `Source`."""
+        return ShiftedRows(self._base.open(), self._by)
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """See `Source`."""
+        return (*self._base.key, "shifted", self._by)
+
+
+class Column(Source):
+    """One column of an array (row, column)."""
+
+    def __init__(self, base: Source, column: int) -> None:
+        self.base = base
+        self.column = column
+        self.name, self.axes, self.shape, self.dtype = base.name, base.axes[:1], base.shape[:1], base.dtype
+
+    @property
+    def chunks(self) -> tuple[int, ...]:
+        """See `Source`."""
+        return self.base.chunks
+
+    def open(self) -> Rows:
+        """See `Source`."""
+        return ColumnRows(self.base.open(), self.column)
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """See `Source`."""
+        return (*self.base.key, "column", self.column)
+
+
 class QuantisedSource(Source):
     """The values, float32, that a quantised site stands for."""
 
@@ -90,6 +138,7 @@ class QuantisedSource(Source):
         self._kind = kind
         self._group = group
         self.name = codes.name
+        self.axes = codes.axes
         self.shape = codes.shape
         self.dtype = numpy_dtype("float32")
 
@@ -114,6 +163,7 @@ class JoinedSource(Source):
     def __init__(self, parts: Sequence[Source]) -> None:
         self._parts = tuple(parts)
         self.name = parts[0].name
+        self.axes = parts[0].axes
         self.shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
         self.dtype = parts[0].dtype
 

@@ -137,7 +137,7 @@ class Masked(TokenIndex):
         return 8 * len(self._bits)
 
     @cached_property
-    def key(self) -> tuple[object, ...]:  # type: ignore[override]
+    def key(self) -> tuple[object, ...]:
         """See `TokenIndex`."""
         return ("masked", sha256(self._bits.data).hexdigest())
 
@@ -175,6 +175,6 @@ class Listed(TokenIndex):
         return int(self._listed.max(initial=-1)) + 1
 
     @cached_property
-    def key(self) -> tuple[object, ...]:  # type: ignore[override]
+    def key(self) -> tuple[object, ...]:
         """See `TokenIndex`."""
         return ("listed", sha256(np.ascontiguousarray(self._listed).data).hexdigest())

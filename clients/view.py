@@ -23,10 +23,11 @@ from actcache.schemas.sites import residual_stream
 
 if TYPE_CHECKING:
     import dask.array as da
+    import torch
     import xarray
-    from actcache.clients.text import Text
 
     from actcache.cache.head import Head
+    from actcache.clients.text import Text
 
 LAYER, NORM = "layer", "norm"
 
@@ -62,8 +63,8 @@ class View(ABC):
         """
 
     @abstractmethod
-    def norm_source(self, site: str) -> tuple[Source, int]:
-        """The array that has the L2 norms of a site, and in which column.
+    def norm_source(self, site: str) -> Source:
+        """Where the L2 norms of a site come from, (token,), of all tokens of the dataset.
 
         Raises:
             NotFound: no such site.
@@ -174,8 +175,21 @@ class View(ABC):
         return NotFound(f"{self.url}: no site {name!r}; there is {near} ({listed} lists all)")
 
     def _index_of(self, source: Source) -> TokenIndex:
-        """The view's tokens in an array along the token axis; all of another one."""
+        """The view's tokens, of an array that is along the token axis."""
+        if source.axes[0] != "token":
+            raise NotFound(f"{self.url}: {source.name!r} is not along the token axis; ask the whole dataset for it")
         return self.index
+
+    @property
+    def residual_states(self) -> list[str]:
+        """The sites that `resid` is made of, whether or not they are stored."""
+        stream = residual_stream(self.model.n_layers)
+        return [stream[layer] for layer in self.layers]
+
+    @property
+    def captured(self) -> list[str]:
+        """Every site in any form; those stored as they are first."""
+        return [*self.sites, *(site for site in self.quantised if site not in self.sites)]
 
     @property
     def resid(self) -> da.Array:
@@ -188,8 +202,7 @@ class View(ABC):
         """
         import dask.array as da
 
-        stream = residual_stream(self.model.n_layers)
-        wanted = [stream[layer] for layer in self.layers]
+        wanted = self.residual_states
         missing = [site for site in wanted if site not in self.sites]
         if missing:
             if missing[0] in self.quantised:
@@ -251,8 +264,7 @@ class View(ABC):
     def _column(self, field: str, low: int, high: int, site: str | None) -> np.ndarray:
         """A field of the tokens at positions [low, high), without keeping it."""
         if field == NORM and site is not None:
-            source, column = self.norm_source(site)
-            return read(source, self.index, low, high)[:, column]
+            return read(self.norm_source(site), self.index, low, high)
         have = self.tokens.kept(field) if isinstance(self.tokens, Columns) else None
         return self.rows(field, low, high) if have is None else have[low:high]
 
@@ -289,6 +301,17 @@ class View(ABC):
 
         return to_xarray(self)
 
+    def to_torch(self, name: str, dtype: Literal["float32", "stored", "int8", "fp8"] = "float32") -> torch.Tensor:
+        """A site of all tokens of the view as one tensor (token, d_model) in memory, float32 or, exactly, as stored. Needs torch.
+
+        Raises:
+            NotFound, InvalidInput: as `site`.
+        """
+        from actcache.clients.interop import tensor
+
+        source, as_dtype = self._site(name, dtype)
+        return tensor(read(source, self.index, 0, self.n_tokens, as_dtype))
+
 
 class Selection(View):
     """Some tokens of a dataset, or of another selection, and some layers. Made by `where`, `at`, `sequence` and `document`.
@@ -310,7 +333,7 @@ class Selection(View):
         self.quantised = {site: kinds for site, kinds in base.quantised.items() if not restricted or site in chosen}
 
     @cached_property
-    def index(self) -> TokenIndex:  # type: ignore[override]
+    def index(self) -> TokenIndex:
         """See `View`. Found when it is first asked for, and kept."""
         return self._make_index()
 
@@ -323,7 +346,7 @@ class Selection(View):
         """See `View`."""
         return self._base.source(name, kind)
 
-    def norm_source(self, site: str) -> tuple[Source, int]:
+    def norm_source(self, site: str) -> Source:
         """See `View`."""
         return self._base.norm_source(site)
 
@@ -348,19 +371,17 @@ class Selection(View):
         return self._base.tokenizer
 
     @cached_property
-    def tokens(self) -> Mapping[str, np.ndarray]:  # type: ignore[override]
+    def tokens(self) -> Mapping[str, np.ndarray]:
         """See `View`."""
         return Columns(f"{self.url}: no field", self.fields, lambda name: self.rows(name, 0, self.n_tokens))
 
     @cached_property
-    def norm(self) -> Mapping[str, np.ndarray]:  # type: ignore[override]
+    def norm(self) -> Mapping[str, np.ndarray]:
         """See `View`."""
-        sites = (*self.sites, *(site for site in self.quantised if site not in self.sites))
-        return Columns(f"{self.url}: no site", sites, self._norms)
+        return Columns(f"{self.url}: no site", self.captured, self._norms)
 
     def _norms(self, site: str) -> np.ndarray:
-        source, column = self.norm_source(site)
-        return read(source, self.index, 0, self.n_tokens)[:, column]
+        return read(self.norm_source(site), self.index, 0, self.n_tokens)
 
     @property
     def text(self) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from actcache.clients.sources import Source
 from actcache.clients.token_index import Span, TokenIndex
 from actcache.clients.view import Selection, View
 from actcache.schemas.errors import InvalidInput
@@ -33,10 +33,14 @@ class Whole(View):
         """See `View`."""
         return Span(0, self._n_tokens)
 
+    def _index_of(self, source: Source) -> TokenIndex:
+        """All rows, also of an array that is not along the token axis."""
+        return Span(0, source.shape[0])
+
     @property
-    @abstractmethod
     def sequence_start(self) -> np.ndarray:
         """Row splits (n_sequences + 1), int64: sequence i is tokens [sequence_start[i], sequence_start[i+1])."""
+        return self.tokens["sequence_start"]
 
     def sequence(self, number: int) -> Selection:
         """The tokens of a sequence, with their text beside them.
@@ -77,6 +81,8 @@ class Whole(View):
             NotFound: no site of that name.
             InvalidInput: the sequences differ in length and none is given, or none has that length.
         """
+        import dask.array as da
+
         lengths = np.diff(self.sequence_start)
         longest = int(lengths.max())
         if length is None and longest != int(lengths.min()):
@@ -97,8 +103,13 @@ class Whole(View):
         together = max(1, max(self.source(name).chunks) // length)
         flat = view.site(name, chunks=together * length)
         counts = tuple(rows // length for rows in flat.chunks[0])
-        cut: da.Array = flat.map_blocks(  # type: ignore[no-untyped-call]
-            _cut, length, chunks=(counts, (length,), flat.chunks[1]), new_axis=1, meta=np.empty((0, 0, 0), flat.dtype)
+        cut: da.Array = da.map_blocks(  # type: ignore[no-untyped-call]
+            _cut,
+            flat,
+            length,
+            chunks=(counts, (length,), flat.chunks[1]),
+            new_axis=1,
+            meta=np.empty((0, 0, 0), flat.dtype),
         )
         return cut
 

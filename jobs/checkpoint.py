@@ -124,8 +124,13 @@ class Checkpoint:
 
 def tokenizer_of(folder: Path) -> TokenizerIdentity | None:
     """The tokenizer in a folder by the content of its files, None if it has none."""
-    files = [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
+    files = tokenizer_paths(folder)
     return TokenizerIdentity(files=_folded(files)) if _tokenises(files) else None
+
+
+def tokenizer_paths(folder: Path) -> list[Path]:
+    """The files of a tokenizer that there are in a folder."""
+    return [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
 
 
 def locate(model: str, revision: str | None) -> Checkpoint:

@@ -125,16 +125,20 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Counted:
-    """The token axis as far as it is known: `lengths` (n,) are those of sequences that were looked at."""
+    """The token axis as far as it is known: `lengths` (n,) are those of sequences that were looked at.
+
+    `tokenizer` has the bytes of each file that is stored of the tokenizer.
+    """
 
     lengths: np.ndarray
     exact: bool
     basis: str
+    tokenizer: tuple[int, ...] = ()
 
 
-def counted(sequence_start: np.ndarray) -> Counted:
-    """A token axis that is stored, by its row splits."""
-    return Counted(np.diff(sequence_start), True, "counted: the tokens are stored")
+def counted(sequence_start: np.ndarray, tokenizer: tuple[int, ...] = ()) -> Counted:
+    """A token axis that is stored, by its row splits, and the sizes of its tokenizer's files."""
+    return Counted(np.diff(sequence_start), True, "counted: the tokens are stored", tokenizer)
 
 
 def forecast(
@@ -153,8 +157,8 @@ def forecast(
     """
     plan, layout = grid.plan, grid.plan.spec.layout
     recomputed, padded = _waste(grid, counted.lengths)
-    raw, stored = _bytes(grid, sample)
-    objects, shards = count_objects(grid, sample)
+    raw, stored = _bytes(grid, sample, sum(counted.tokenizer))
+    objects, shards = count_objects(grid, sample, len(counted.tokenizer))
     rate = sample.tokens / sample.seconds
     left = grid.n_tokens if left is None else left
     run = left * (1 + recomputed)
@@ -225,10 +229,10 @@ def memory_of(grid: Grid, sample: Sample) -> Memory:
     )
 
 
-def count_objects(grid: Grid, sample: Sample) -> tuple[int, int]:
+def count_objects(grid: Grid, sample: Sample, tokenizer_files: int) -> tuple[int, int]:
     """Objects under the URL when a build of this grid is sealed, and how many of them are shards of its sites.
 
-    For an added build those that it adds.
+    For an added build those that it adds, which stores no file of the tokenizer.
     """
     spec = grid.plan.spec
     arrays = list(grid.block_arrays())
@@ -238,6 +242,7 @@ def count_objects(grid: Grid, sample: Sample) -> tuple[int, int]:
     objects += 2 * len(spec.sites)  # each site's statistics: metadata and a shard
     objects += len({name.split("/")[0] for name in grid.outputs if "/" in name})
     objects += 2  # plan and manifest
+    objects += tokenizer_files
     if grid.number == 0:
         objects += sum(1 + layout.n_shards for layout in grid.token_arrays().values())
         objects += 4  # tokens.json, the groups of norms and statistics, the root
@@ -247,9 +252,10 @@ def count_objects(grid: Grid, sample: Sample) -> tuple[int, int]:
     return objects, of_sites
 
 
-def _bytes(grid: Grid, sample: Sample) -> tuple[int, int]:
+def _bytes(grid: Grid, sample: Sample, tokenizer_bytes: int) -> tuple[int, int]:
     """Bytes of every array before and after compression, and of what lies beside them."""
-    raw, stored = sample.head_bytes, float(sample.head_bytes)
+    raw = sample.head_bytes + tokenizer_bytes
+    stored = float(raw)
     for layout in grid.block_arrays():
         size = layout.row_bytes * grid.n_tokens
         raw += size

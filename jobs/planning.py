@@ -20,11 +20,13 @@ from actcache.jobs.items import Items
 from actcache.jobs.memory_plan import batch_positions
 from actcache.jobs.prices import load_prices
 from actcache.jobs.resolve import Resolved, resolve
+from actcache.jobs.tokenizer_files import tokenizer_files
 from actcache.jobs.torch_half import torch_half
 from actcache.schemas.errors import InvalidInput, Unsupported
 from actcache.schemas.grid import Grid
 from actcache.schemas.plan import TokensRecord
 from actcache.schemas.spec import Spec
+from actcache.schemas.tokenizer import files_among
 
 if TYPE_CHECKING:
     from actcache.jobs.token_estimate import TokenEstimate
@@ -75,7 +77,8 @@ def _of_stored(store: Store, resolved: Resolved, tokens: TokensRecord) -> tuple[
     grid = Grid.of(resolved.plan, tokens)
     starts = ArrayReader(store, grid.token_arrays()["sequence_start"]).read()
     read = None if isinstance(resolved.corpus, Items) else ArrayReader(store, grid.token_arrays()["token_id"]).read
-    return grid, counted(starts), _sampled(resolved, grid, starts, read)
+    sizes = tuple(file.size for file in files_among(tokens.objects))
+    return grid, counted(starts, sizes), _sampled(resolved, grid, starts, read)
 
 
 def _of_items(resolved: Resolved, items: Items) -> tuple[Grid, Counted, Sample]:
@@ -87,16 +90,18 @@ def _of_items(resolved: Resolved, items: Items) -> tuple[Grid, Counted, Sample]:
 
 
 def _of_corpus(resolved: Resolved, corpus: Corpus) -> tuple[Grid, Counted, Sample]:
-    tokenizer = None
+    tokenizer, files = None, {}
     if resolved.plan.spec.tokenizer is not None:
         tokenizer = torch_half("encode").load_tokenizer(resolved.source.folder)
+        files = tokenizer_files(resolved.source.folder, tokenizer)
     found: TokenEstimate = torch_half("token_estimate").estimate_tokens(resolved.plan, corpus, tokenizer)
     grid = Grid(resolved.plan, found.n_tokens, found.n_sequences, found.n_documents)
     starts = np.concatenate([[0], np.cumsum([len(sequence) for sequence in found.sequences])])
     ids = np.concatenate(found.sequences)
     few = replace(grid, n_tokens=len(ids), n_sequences=len(found.sequences))
     sampled = _sampled(resolved, few, starts, lambda start, stop: ids[start:stop])
-    return grid, Counted(found.lengths, found.exact, found.basis), sampled
+    sizes = tuple(map(len, files.values()))
+    return grid, Counted(found.lengths, found.exact, found.basis, sizes), sampled
 
 
 def _sampled(

@@ -29,6 +29,7 @@ from actcache.jobs.prices import load_prices
 from actcache.jobs.progress import Progress, Reporter
 from actcache.jobs.resolve import Chosen, Resolved
 from actcache.jobs.tokenise import tokenise
+from actcache.jobs.tokenizer_files import tokenizer_files
 from actcache.jobs.torch_half import torch_half
 from actcache.jobs.worker import Job, Worker
 from actcache.schemas.canonical import canonical
@@ -36,6 +37,7 @@ from actcache.schemas.grid import Grid
 from actcache.schemas.part import parts_of
 from actcache.schemas.plan import TokensRecord
 from actcache.schemas.root import ROOT_KEY
+from actcache.schemas.tokenizer import MAX_FILE_BYTES, files_among
 
 RECOMPUTED_WARNING = 0.03
 SAMPLED_PART = 32
@@ -63,10 +65,12 @@ def run_plan(store: Store, resolved: Resolved, reporter: Reporter, options: RunO
     began = datetime.now(UTC)
     with _threads() as pool:
         reporter.progress(Progress("tokenise"))
-        grid = Grid.of(resolved.plan, _tokens(store, resolved, pool, reporter))
+        tokens = _tokens(store, resolved, pool, reporter)
+        grid = Grid.of(resolved.plan, tokens)
         if options.stop_after == "tokenise":
             return Outcome(grid.plan.key, None, recomputed=_recomputed(grid, _sequence_start(store, grid)))
-        return _capture(store, grid, resolved, reporter, options, pool, began)
+        sizes = tuple(file.size for file in files_among(tokens.objects))
+        return _capture(store, grid, resolved, reporter, options, pool, began, sizes)
 
 
 def run_added(store: Store, grid: Grid, chosen: Chosen, reporter: Reporter, options: RunOptions) -> Outcome:
@@ -92,6 +96,7 @@ def _tokens(store: Store, resolved: Resolved, pool: BoundedPool, reporter: Repor
         pool,
         lambda count: reporter.progress(Progress("tokenise", count)),
         reporter.note,
+        lambda tokenizer: _files(resolved, tokenizer, reporter),
     )
 
 
@@ -103,8 +108,9 @@ def _capture(
     options: RunOptions,
     pool: BoundedPool,
     began: datetime,
+    tokenizer: tuple[int, ...] = (),
 ) -> Outcome:
-    """Run the blocks of a grid, replay and seal; of a part, the blocks alone."""
+    """Run the blocks of a grid, replay and seal; of a part, the blocks alone. `tokenizer` are the sizes of its stored files."""
     reporter.event("build", url=store.location.url, key=grid.plan.key, tokens=grid.n_tokens, blocks=grid.n_blocks)
     sequence_start = _sequence_start(store, grid)
     recomputed = _recomputed(grid, sequence_start)
@@ -121,7 +127,7 @@ def _capture(
     result = NOT_REPLAYED
     with _engine(store, grid, chosen, reporter, options) as engine:
         if blocks:
-            reporter.forecast(_forecast(grid, counted(sequence_start), engine, blocks.tokens_left))
+            reporter.forecast(_forecast(grid, counted(sequence_start, tokenizer), engine, blocks.tokens_left))
         blocks.run(engine)
         if options.part is None and not _is_sealed(store, grid):
             reporter.progress(replace(blocks.state, stage="replay"))
@@ -184,3 +190,14 @@ def _tokenizer(resolved: Resolved) -> Any:
     tokenizer = load_tokenizer(resolved.source.folder)
     resolved.check_tokenizer()
     return tokenizer
+
+
+def _files(resolved: Resolved, tokenizer: Any, reporter: Reporter) -> dict[str, bytes]:
+    """What is stored of the tokenizer, which is that of the plan."""
+    if tokenizer is None:
+        return {}
+    files = tokenizer_files(resolved.source.folder, tokenizer)
+    resolved.check_tokenizer()
+    if not files:
+        reporter.note(f"the tokenizer is not stored: one of its files has more than {MAX_FILE_BYTES >> 20} MiB")
+    return files

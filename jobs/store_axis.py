@@ -38,10 +38,12 @@ def store_axis(
 ) -> TokensRecord:
     """Store the arrays, whose rows [start, stop) `rows_of(name, start, stop)` gives, and `record` with their hashes.
 
+    Objects that the record names already stay in it.
+
     Raises:
         SpecMismatch: others are stored there.
     """
-    objects: list[StoredObject] = []
+    objects: list[StoredObject] = list(record.objects)
     content: dict[str, str] = {}
     for name, layout in layouts.items():
         objects.append(publish_metadata(store, layout))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from actcache.cache.store import Store
+from actcache.cache.tokenizer import store_tokenizer
 from actcache.jobs.arrange import DOCUMENTS_AT_ONCE, Rules, arrange
 from actcache.jobs.axis import Axis
 from actcache.jobs.collect import DROPPED, NO_TOKENS, USED, Collected, Tick, Wanted, collect
@@ -23,7 +24,7 @@ from actcache.jobs.spool import Spool
 from actcache.jobs.store_axis import store_axis, stored_once
 from actcache.schemas.errors import InvalidInput
 from actcache.schemas.grid import token_layouts
-from actcache.schemas.plan import Plan, TokensRecord
+from actcache.schemas.plan import Plan, StoredObject, TokensRecord
 
 Note = Callable[[str], None]
 
@@ -36,11 +37,12 @@ def tokenise(
     pool: Executor,
     tick: Tick,
     note: Note = lambda _: None,
+    files: Callable[[Any], Mapping[str, bytes]] = lambda _: {},
 ) -> TokensRecord:
     """Store the token axis, or find it stored. One worker does it under a lease, others wait for it.
 
-    `tokenizer` gives the model's tokenizer, or None where it has none. `tick` is called with the number of tokens so
-    far, `note` with what a user should know of rows that were skipped.
+    `tokenizer` gives the model's tokenizer, or None where it has none, and `files` what is stored of it. `tick` is called
+    with the number of tokens so far, `note` with what a user should know of rows that were skipped.
 
     Raises:
         InvalidInput: the corpus cannot be read, has no usable row, or does not fit tokenizer and model.
@@ -49,11 +51,13 @@ def tokenise(
     """
 
     def make() -> TokensRecord:
+        loaded = tokenizer()
+        of_tokenizer = store_tokenizer(store, files(loaded))
         with ExitStack() as spools:
-            made = gather(plan, corpus, tokenizer(), spools, tick)
+            made = gather(plan, corpus, loaded, spools, tick)
             if made.skipped or made.dropped:
                 note(_told(made))
-            return _store(store, made, pool)
+            return _store(store, made, of_tokenizer, pool)
 
     record = stored_once(store, make)
     if corpus.strict and record.skipped:
@@ -197,7 +201,7 @@ def _told(made: Made) -> str:
     return "; ".join(parts)
 
 
-def _store(store: Store, made: Made, pool: Executor) -> TokensRecord:
+def _store(store: Store, made: Made, of_tokenizer: list[StoredObject], pool: Executor) -> TokensRecord:
     axis, arranged = made.axis, made.axis.arranged
     n_tokens, n_sequences = arranged.n_tokens, len(arranged.sequence_start) - 1
     record = TokensRecord(
@@ -207,7 +211,7 @@ def _store(store: Store, made: Made, pool: Executor) -> TokensRecord:
         bos_token_id=axis.bos,
         eos_token_id=axis.eos,
         content={},
-        objects=(),
+        objects=tuple(of_tokenizer),
         skipped=made.skipped,
         dropped=made.dropped,
     )

@@ -12,6 +12,7 @@ from actcache.schemas.outputs import output_shapes
 from actcache.schemas.quantised import quantised_problems
 from actcache.schemas.root import RootAttributes
 from actcache.schemas.sites import residual_stream
+from actcache.schemas.tokenizer import tokenizer_problems
 
 MAX_COUNT = 1 << 48
 
@@ -30,6 +31,7 @@ def inconsistency(root: RootAttributes, layouts: Mapping[str, ArrayLayout]) -> s
 
 def _problems(root: RootAttributes, layouts: Mapping[str, ArrayLayout]) -> Iterator[str]:
     yield from _of_generations(root)
+    yield from tokenizer_problems(root.tokenizer)
     of_tokens = root.generations[0].provenance.spec.corpus.kind != "items"
     for name, wanted in token_layouts(root.n_tokens, root.n_sequences, root.n_documents, of_tokens).items():
         yield from _differs(name, layouts, wanted.shape, (wanted.dtype,))

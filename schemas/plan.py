@@ -9,7 +9,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 from actcache.schemas.record import Record
 from actcache.schemas.spec import ResolvedSpec
 
-FORMAT = "1.0"
+FORMAT = "1.1"
 RECORDS = ".actcache/"
 """Folder of the records of a dataset's first build. Every added build has one of its own below it."""
 PLAN_KEY = f"{RECORDS}plan.json"
@@ -122,7 +122,8 @@ class StoredObject(Record):
 class TokensRecord(Record):
     """Written when every token is stored: from here on block b is exactly tokens [b·T, (b+1)·T).
 
-    `content` maps each token array to the SHA-256 of its decoded little-endian bytes; `objects` are the stored ones.
+    `content` maps each token array to the SHA-256 of its decoded little-endian bytes; `objects` are the stored ones, the
+    tokenizer's files among them.
     `skipped` counts the rows that could not be used, by reason, `dropped` the documents that the spec did not want.
     """
 

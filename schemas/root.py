@@ -9,6 +9,7 @@ from actcache.schemas.plan import RECORDS, Labels, ModelShape, added_records
 from actcache.schemas.quantised import Damage
 from actcache.schemas.record import Record
 from actcache.schemas.spec import ResolvedSpec
+from actcache.schemas.tokenizer import TokenizerFile
 
 ROOT_KEY = "zarr.json"
 ROOTS = f"{RECORDS}roots/"
@@ -75,7 +76,7 @@ class ArrayRole(Record):
 
 
 class RootAttributes(Record):
-    """`attributes.actcache` of the root."""
+    """`attributes.actcache` of the root. `tokenizer` is empty where no tokenizer is stored."""
 
     format: str
     digest: str
@@ -88,6 +89,7 @@ class RootAttributes(Record):
     eos_token_id: int | None
     generations: tuple[Generation, ...]
     arrays: dict[str, ArrayRole]
+    tokenizer: tuple[TokenizerFile, ...] = ()
 
     @property
     def sites(self) -> list[str]:

@@ -35,13 +35,14 @@ def save_gpt2(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     scale: float = 1.0,
+    vocabulary: int | None = None,
 ) -> Path:
-    """A random GPT-2 and its tokenizer. `scale` multiplies the embedding, to make large activations."""
+    """A random GPT-2 and its tokenizer, by default of the same vocabulary. `scale` multiplies the embedding, to make large activations."""
     folder.mkdir(parents=True, exist_ok=True)
-    vocabulary = save_tokenizer(folder)
+    size = save_tokenizer(folder)
     torch.manual_seed(seed)
     config = GPT2Config(
-        vocab_size=vocabulary,
+        vocab_size=vocabulary or size,
         n_positions=context,
         n_embd=width,
         n_layer=layers,

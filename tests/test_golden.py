@@ -19,6 +19,10 @@ GOLDEN = Path(__file__).parent / "golden"
 DATASETS = sorted(path for path in GOLDEN.glob("*/*.zarr"))
 
 
+def test_there_is_a_golden_dataset_of_what_is_new_in_format_1_1():
+    assert [path.name for path in DATASETS if path.parent.name == "1.1"] == ["text.zarr"]
+
+
 def test_there_are_golden_datasets_of_format_1_0():
     assert [path.name for path in DATASETS if path.parent.name == "1.0"] == [
         "bfloat16.zarr",
@@ -89,6 +93,15 @@ def test_none_of_this_needs_torch():
         "import sys, actcache as ac\n"
         f"ds = ac.open({str(GOLDEN / '1.0' / 'float32.zarr')!r})\n"
         "ac.lens.logit(ds); ds.resid.sum().compute(); ac.verify(ds.url, full=True)\n"
+        f"ds = ac.open({str(GOLDEN / '1.1' / 'text.zarr')!r})\n"
+        "ds.tokenizer.strings(ds.tokens['token_id'])\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_golden_dataset_of_format_1_1_has_its_text():
+    ds = ac.open(GOLDEN / "1.1" / "text.zarr")
+    ids = ds.tokens["token_id"]
+    assert ds.tokenizer.decode(ids) == "Grüße für 10 €: 🦜\n"
+    assert ds.tokenizer.strings(ids[:4]) == ["G", "r", "\ufffd", "\ufffd"]

@@ -177,6 +177,21 @@ def change(built: str, edit) -> bytes:
         (lambda a, m: m["token_id"].update(dimension_names=None), Unsupported, "dimension_names"),
         (lambda a, m: m["token_id"].update(attributes=[1]), Unsupported, "format 1"),
         (lambda a, m: m.clear(), Corrupt, "no metadata"),
+        (lambda a, m: a["tokenizer"][0].update(name="../../etc/passwd"), Corrupt, "no name of a tokenizer file"),
+        (lambda a, m: a["tokenizer"][0].update(name="a/b"), Corrupt, "no name of a tokenizer file"),
+        (lambda a, m: a["tokenizer"][0].update(name=".."), Corrupt, "no name of a tokenizer file"),
+        (lambda a, m: a["tokenizer"][0].update(name="a\n"), Corrupt, "no name of a tokenizer file"),
+        (lambda a, m: a["tokenizer"][0].update(name=""), Corrupt, "no name of a tokenizer file"),
+        (lambda a, m: a["tokenizer"][0].update(size=1 << 40), Corrupt, "not 0 to 67,108,864"),
+        (lambda a, m: a["tokenizer"][0].update(size=-1), Corrupt, "not 0 to"),
+        (lambda a, m: a["tokenizer"][0].update(sha256="../" + "0" * 61), Corrupt, "no SHA-256"),
+        (lambda a, m: a["tokenizer"].append(a["tokenizer"][0]), Corrupt, "named twice"),
+        (
+            lambda a, m: a["tokenizer"].extend(dict(a["tokenizer"][0], name=f"{i}") for i in range(20)),
+            Corrupt,
+            "22 tok",
+        ),
+        (lambda a, m: a.update(tokenizer=None), Corrupt, "tokenizer"),
     ],
 )
 def test_a_strangers_root_is_refused_with_a_reason(built: str, edit, error, says: str):
@@ -189,6 +204,7 @@ def test_a_root_of_a_later_minor_version_is_read(built: str):
         attributes.update(format="1.7", later="field")
         attributes["generations"][0]["provenance"]["later"] = {"x": 1}
         attributes["arrays"]["later"] = {"role": "sketch"}
+        attributes["tokenizer"][0]["later"] = "field"
         members["later"] = members["token_id"]
 
     assert parse_root(change(built, edit), "root")[0].format == "1.7"
