@@ -101,7 +101,7 @@ def test_a_grown_dataset_as_its_users_see_it(grown: Path, first: ac.Spec):
     names = ["norm/1", ".actcache/roots", f".actcache/{ds.generations[1].key}"]
     assert all((grown / name).is_dir() for name in names)
     left = {path.name for path in (grown / ".actcache").rglob("*") if path.is_dir()}
-    assert left == {"receipts", "statistics", "roots", ds.generations[1].key}
+    assert left == {"receipts", "statistics", "tokenizer", "roots", ds.generations[1].key}
     assert (grown / "zarr.json").read_bytes() == (grown / ".actcache/roots/000002.json").read_bytes()
     again = ac.build(first, grown)
     assert (again.state, again.key, len(again.sites)) == ("already sealed", ds.key, 8)

@@ -142,6 +142,8 @@ def test_text_is_what_transformers_makes_of_the_same_ids(kinds: dict[str, Path],
         assert ds.tokenizer.decode(some) == text(some)
         start = chosen.randrange(len(ids))
         assert ds.tokenizer.decode(ids[start : start + 5]) == text(ids[start : start + 5].tolist())
+    there = AutoTokenizer.from_pretrained(url / TOKENIZER)
+    assert there.decode(ids) == theirs.decode(ids), "transformers loads the folder as it is"
     for name, data in ds.tokenizer.files.items():
         if (kinds[kind] / name).exists():
             assert data == (kinds[kind] / name).read_bytes()
