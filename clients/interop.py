@@ -45,11 +45,11 @@ def to_xarray(view: View) -> xarray.Dataset:
     import dask.array as da
     import xarray
 
-    arrays: dict[str, Any] = {name: (("token",), view[name]) for name in view.fields}
-    coordinates: dict[str, Any] = {name: array for name, array in arrays.items() if name in TOKEN_DTYPES}
+    names = [name for name in view.fields if name in TOKEN_DTYPES]
+    coordinates: dict[str, Any] = {name: xarray.Variable(("token",), _unread(view, name)) for name in names}
     if not (isinstance(view.index, Span) and view.index.start == 0):
         coordinates["token"] = (("token",), view.index.tokens(0, view.n_tokens))
-    variables: dict[str, Any] = {name: array for name, array in arrays.items() if name not in coordinates}
+    variables: dict[str, Any] = {name: (("token",), view[name]) for name in view.fields if name not in names}
     for site in view.sites:
         source = view.source(site)
         variables[site] = (source.axes, view.site(site))
@@ -62,6 +62,23 @@ def to_xarray(view: View) -> xarray.Dataset:
         variables["norm"] = (("token", "site"), da.stack(norms, axis=1))  # type: ignore[no-untyped-call]
         coordinates["site"] = (("site",), np.array(view.captured))
     return xarray.Dataset(variables, coordinates, {"url": view.url})
+
+
+def _unread(view: View, name: str) -> Any:
+    """A field as an array that xarray reads when it first looks at it, as it reads those of a file: then it is numpy's."""
+    from xarray.backends import BackendArray
+    from xarray.core import indexing
+
+    class Field(BackendArray):
+        shape = (view.n_tokens,)
+        dtype = view.source(name).dtype
+
+        def __getitem__(self, key: Any) -> np.ndarray:
+            support = indexing.IndexingSupport.OUTER_1VECTOR
+            found = indexing.explicit_indexing_adapter(key, self.shape, support, lambda rows: view.tokens[name][rows])
+            return np.asarray(found)
+
+    return indexing.LazilyIndexedArray(Field())
 
 
 def tensor(rows: np.ndarray) -> torch.Tensor:

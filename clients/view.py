@@ -14,7 +14,7 @@ from actcache.clients.conditions import conditions
 from actcache.clients.filtering import checked_mask, kept
 from actcache.clients.lazy import lazy
 from actcache.clients.sources import Source, read
-from actcache.clients.token_index import Listed, Span, TokenIndex
+from actcache.clients.token_index import Listed, TokenIndex
 from actcache.schemas.dtypes import numpy_dtype
 from actcache.schemas.errors import InvalidInput, NotFound
 from actcache.schemas.plan import ModelShape
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from actcache.clients.text import Text
 
 LAYER, NORM = "layer", "norm"
+PLACE_BITS = 40
+"""A document has fewer tokens than two to the power of this."""
 
 
 class View(ABC):
@@ -343,7 +345,9 @@ class Selection(View):
         return self._layers
 
     def source(self, name: str, kind: str | None = None) -> Source:
-        """See `View`."""
+        """See `View`. A site of a layer that was not chosen is not there."""
+        if name in self._base.captured and name not in self.captured:
+            raise self._no_site(name)
         return self._base.source(name, kind)
 
     def norm_source(self, site: str) -> Source:
@@ -385,15 +389,18 @@ class Selection(View):
 
     @property
     def text(self) -> str:
-        """The text of the tokens, in their order. Tokens that overlapping sequences repeat are there once.
+        """The text of the tokens, in their order.
+
+        Left out are, but for a list of tokens (`at`), beginning-of-sequence tokens that no document has, and what
+        overlapping sequences repeat.
 
         Raises: as `tokenizer`.
         """
         ids = self.tokens["token_id"]
-        document, place = self.tokens["document"], self.tokens["document_position"]
-        if len(ids) and (document == document[0]).all():
+        if self.index.ascending and len(ids):
+            place = (self.tokens["document"] << PLACE_BITS) + self.tokens["document_position"]
             latest = np.concatenate([[-1], np.maximum.accumulate(place)[:-1]])
-            ids = ids[(place > latest) | (place < 0)] if isinstance(self.index, Span) else ids
+            ids = ids[(place > latest) & (self.tokens["document_position"] >= 0)]
         return self.tokenizer.decode(ids)
 
     @property
@@ -404,6 +411,14 @@ class Selection(View):
         """
         return self.tokenizer.strings(self.tokens["token_id"])
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A selection travels with its tokens, which are looked up before."""
+        return _selection, (self._base, self.index, self._layers)
+
     def __repr__(self) -> str:
         known = f"{self.n_tokens:,} tokens" if "index" in self.__dict__ else "tokens not looked at yet"
         return f"<actcache.Selection of {self.url}: {known}, {len(self.sites)} sites>"
+
+
+def _selection(base: View, index: TokenIndex, layers: Sequence[int]) -> Selection:
+    return Selection(base, lambda: index, layers)

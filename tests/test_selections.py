@@ -56,7 +56,8 @@ OPERATORS = {
 def test_a_condition_keeps_what_numpy_keeps(built: str, data: st.DataObject):
     ds = ac.open(built)
     asked, kept = {}, np.ones(ds.n_tokens, bool)
-    for name in data.draw(st.lists(st.sampled_from(["position", "document", "sequence", "token_id", "loss", "norm"]), max_size=3, unique=True)):  # fmt: skip
+    fields = ["position", "document", "sequence", "token_id", "loss", "norm"]
+    for name in data.draw(st.lists(st.sampled_from(fields), max_size=3, unique=True)):
         values = expected(ds, name)
         if data.draw(st.booleans()) and name not in ("loss", "norm"):
             some = data.draw(st.lists(st.sampled_from(sorted(set(values.tolist()))), max_size=5))
@@ -115,7 +116,7 @@ def test_every_dtype_and_form_is_selected_exactly(built_by_dtype: dict[str, str]
 
 
 def test_quantised_forms_are_selected_too(spec: ac.Spec, tmp_path: Path):
-    ac.build(spec.model_copy(update={"quantize": "int8", "sites": "resid"}), tmp_path / "ds")
+    ac.build(spec.model_copy(update={"quantize": ("int8",), "sites": "resid"}), tmp_path / "ds")
     ds = ac.open(tmp_path / "ds")
     whole = ds.site(SITE, "int8").compute()
     assert np.array_equal(ds.at([5, 400, 5]).site(SITE, "int8").compute(), whole[[5, 400, 5]])
@@ -136,13 +137,17 @@ def test_selections_by_layer_restrict_sites_and_resid(ds: ac.Dataset):
 
 
 def test_special_tokens_by_flag(spec: ac.Spec, tmp_path: Path):
-    ac.build(spec.model_copy(update={"sites": "resid", "bos": "always", "bos_id": 5, "max_tokens": 300}), tmp_path / "ds")
+    ac.build(
+        spec.model_copy(update={"sites": "resid", "bos": "always", "bos_id": 5, "max_tokens": 300}), tmp_path / "ds"
+    )
     ds = ac.open(tmp_path / "ds")
     flags = ds.tokens["special"]
     assert 0 < (flags > 0).sum() < len(flags)
     for asked, kept in (({"special": False}, flags == 0), ({"special": True}, flags > 0), ({"special": "bos"}, flags & 1 > 0),
                         ({"special": "eos"}, flags & 2 > 0), ({"special__ne": "bos"}, flags & 1 == 0)):  # fmt: skip
-        assert np.array_equal(ds.where(**asked).index.tokens(0, ds.where(**asked).n_tokens), np.flatnonzero(kept)), asked
+        assert np.array_equal(ds.where(**asked).index.tokens(0, ds.where(**asked).n_tokens), np.flatnonzero(kept)), (
+            asked
+        )
 
 
 def test_no_accessor_computes_and_where_reads_nothing(built: str, monkeypatch: pytest.MonkeyPatch, no_compute: None):
@@ -150,7 +155,9 @@ def test_no_accessor_computes_and_where_reads_nothing(built: str, monkeypatch: p
     reads: list[str] = []
     for name in ("get", "get_range", "get_end"):
         method = getattr(LocalStore, name)
-        monkeypatch.setattr(LocalStore, name, lambda store, key, *a, m=method: (reads.append(key), m(store, key, *a))[1])
+        monkeypatch.setattr(
+            LocalStore, name, lambda store, key, *a, m=method: (reads.append(key), m(store, key, *a))[1]
+        )
     some = ds.where(position__gt=3, norm__lt=500, site=SITE, special=False)
     more = some.where(layer=2)
     listed = ds.at([3, 1])
@@ -201,7 +208,10 @@ def test_sequences_and_documents(ds: ac.Dataset, whole: np.ndarray, corpus: str)
 
 
 def test_the_text_of_a_document_has_no_token_twice_where_sequences_overlap(spec: ac.Spec, corpus: str, tmp_path: Path):
-    ac.build(spec.model_copy(update={"sites": "resid", "long": "stride", "stride": 20, "bos": "always", "bos_id": 97}), tmp_path / "ds")
+    ac.build(
+        spec.model_copy(update={"sites": "resid", "long": "stride", "stride": 20, "bos": "always", "bos_id": 97}),
+        tmp_path / "ds",
+    )
     ds = ac.open(tmp_path / "ds")
     texts = [path.read_text() for path in sorted(Path(corpus).parent.glob("*.txt")) if path.read_text()]
     long = max(range(len(texts)), key=lambda i: len(texts[i]))
@@ -209,7 +219,7 @@ def test_the_text_of_a_document_has_no_token_twice_where_sequences_overlap(spec:
     plain = ds.document(long).where(special=False)
     ids = plain.tokens["document_position"]
     assert len(set(ids.tolist())) == len(texts[long])
-    assert ds.document(long).text.replace("a", "") == texts[long].replace("a", "")
+    assert [ds.document(i).text for i in range(len(texts))] == texts
 
 
 def test_sequences_of_one_length_are_a_cube(ds: ac.Dataset, whole: np.ndarray):
@@ -224,12 +234,24 @@ def test_sequences_of_one_length_are_a_cube(ds: ac.Dataset, whole: np.ndarray):
         ds.sequences(SITE, length=31337)
 
 
-def test_xarray_has_coordinates_and_is_lazy(built: str, no_compute: None):
+def test_xarray_has_coordinates_and_is_lazy(built: str, no_compute: None, monkeypatch: pytest.MonkeyPatch):
     ds = ac.open(built)
+    monkeypatch.setattr(LocalStore, "get", None)
     opened = ds.to_xarray()
+    repr(opened)
     assert dict(opened.sizes) == {"token": ds.n_tokens, "d_model": 32, "layer": 4, "site": len(ds.sites)}
-    assert {"token_id", "position", "sequence", "document", "document_position", "special", "layer", "state", "site"} == set(opened.coords)
-    assert all(variable.chunks is not None for name, variable in opened.variables.items() if name not in ("layer", "state", "site"))
+    assert {
+        "token_id",
+        "position",
+        "sequence",
+        "document",
+        "document_position",
+        "special",
+        "layer",
+        "state",
+        "site",
+    } == set(opened.coords)
+    assert all(variable.chunks is not None for variable in opened.data_vars.values())
 
 
 def test_xarray_selects_by_coordinates(ds: ac.Dataset, whole: np.ndarray):
@@ -239,7 +261,10 @@ def test_xarray_selects_by_coordinates(ds: ac.Dataset, whole: np.ndarray):
     assert np.array_equal(opened[SITE].values, whole[tokens])
     assert np.array_equal(opened["resid"].sel(layer=2).values, whole[tokens])
     assert np.array_equal(opened["norm"].sel(site=SITE).values, ds.norm[SITE][tokens])
-    assert float(opened[SITE].where(opened.position == 0, drop=True).max()) == whole[tokens][ds.tokens["position"][tokens] == 0].max()
+    assert (
+        float(opened[SITE].where(opened.position == 0, drop=True).max())
+        == whole[tokens][ds.tokens["position"][tokens] == 0].max()
+    )
 
 
 def test_torch_tensors_are_exact(built_by_dtype: dict[str, str]):
