@@ -109,10 +109,16 @@ class CachedStore(Store):
             return found
         try:
             data = self.remote.get(key, entry.size)
+            hashed = sha256(data)
+            problem = (
+                None if hashed == entry.sha256 else f"its bytes hash to {hashed}, its manifest says {entry.sha256}"
+            )
         except Unsupported:
-            self._refuse(key, f"has more than the {entry.size:,} bytes of its manifest")
-        if (hashed := sha256(data)) != entry.sha256:
-            self._refuse(key, f"its bytes hash to {hashed}, its manifest says {entry.sha256}")
+            problem = f"has more than the {entry.size:,} bytes of its manifest"
+        if problem is not None:
+            if self._misread(key, entry):
+                return self.get(key, limit)
+            self._refuse(key, problem)
         self._folder.keep_whole(entry.sha256, data)
         return data
 
@@ -182,15 +188,31 @@ class CachedStore(Store):
         """What the manifests say of a key, or None if they do not name it."""
         if key in self._entries:
             return self._entries[key]
-        found = None
-        for name, manifest in self._load():
-            found = find_object(manifest, key, str(self.location.child(name)))
-            if found is not None:
-                break
+        try:
+            found = self._look_up(key)
+        except Corrupt:
+            self._forget()
+            found = self._look_up(key)
         if len(self._entries) >= ENTRIES_KEPT:
             self._entries = {}
         self._entries[key] = found
         return found
+
+    def _look_up(self, key: str) -> StoredObject | None:
+        for name, manifest in self._load():
+            found = find_object(manifest, key, str(self.location.child(name)))
+            if found is not None:
+                return found
+        return None
+
+    def _forget(self) -> None:
+        """Read the manifests, and check them, anew: a mapped file may have been damaged since."""
+        self._manifests, self._entries = None, {}
+
+    def _misread(self, key: str, entry: StoredObject) -> bool:
+        """Whether the manifest, read anew, says something else."""
+        self._forget()
+        return self._entry(key) != entry
 
     def _load(self) -> tuple[tuple[str, bytes | mmap], ...]:
         """The manifests, read when first needed."""
@@ -226,7 +248,7 @@ class CachedStore(Store):
         with suppress(ActcacheError):
             named = self._named(root)
             if named != self._cache.manifests:
-                self._manifests, self._entries = None, {}
+                self._forget()
                 self.location = replace(self.location, cache=replace(self._cache, manifests=named))
 
     def _manifest(self, key: str) -> bytes | mmap:
