@@ -439,6 +439,26 @@ def test_added_sites_are_cached_too(spec: ac.Spec, tmp_path: Path, asked: list[s
         assert asked == []
 
 
+def test_a_store_without_a_root_reads_through_until_there_is_one(built: str, tmp_path: Path, asked: list[str]):
+    source, url = open_store(built), f"memory://{uuid.uuid4()}"
+    remote = open_store(url)
+    for key in source.list():
+        if key != "zarr.json":
+            remote.put_new(key, bytes(source.get(key)))
+    store = open_store(with_local_cache(Location.of(url), tmp_path / "cache", LIMIT))
+    with pytest.raises(ac.NotSealed):
+        ac.open(url, local_cache=tmp_path / "cache")
+    key = ".actcache/tokens.json"
+    assert store.get(key) == source.get(key)
+    assert kept(tmp_path / "cache") == []
+    remote.put_new("zarr.json", bytes(source.get("zarr.json")))
+    store.get("zarr.json")
+    for _ in range(2):
+        asked.clear()
+        assert store.get(key) == source.get(key)
+    assert asked == []
+
+
 # What is done to the folder.
 
 
@@ -548,8 +568,12 @@ def test_whatever_is_done_to_the_folder_heals(damage, fresh: bool, tmp_path: Pat
     read(10)
     asked.clear()
     read(10)
-    assert asked == [], "it keeps things again"
+    assert asked == [], "they are all there again"
     read(30)
+    asked.clear()
+    for key in list(world.objects)[-5:]:
+        store.get(key)
+    assert asked == [], "it keeps new ones"
 
 
 @pytest.mark.parametrize("seed", range(8))
