@@ -51,7 +51,7 @@ class CacheFolder:
         self._keep(digest, (data,))
 
     def range(self, name: str, size: int) -> memoryview | None:
-        """The range of this name, of `size` bytes, mapped; None if it is not there."""
+        """The range of this name, of `size` bytes; None if it is not there."""
         return self._find(f"{name}-range", size, None)
 
     def keep_range(self, name: str, data: memoryview) -> None:
@@ -70,8 +70,11 @@ class CacheFolder:
             with open(path_of(self.folder, name), "rb") as file:
                 status = os.fstat(file.fileno())
                 stored = status.st_size
-                whole = stored > trailer and size in (None, stored - trailer)
-                data = memoryview(mmap.mmap(file.fileno(), stored, access=mmap.ACCESS_READ)) if whole else None
+                data = None
+                if stored > trailer and size in (None, stored - trailer):
+                    # A mapping holds a file descriptor, and shard indexes, which are ranges, are held in numbers.
+                    mapped = mmap.mmap(file.fileno(), stored, access=mmap.ACCESS_READ) if digest else file.read(stored)
+                    data = memoryview(mapped) if len(mapped) == stored else None
         except (OSError, ValueError):  # ValueError: it was cut short meanwhile
             return None
         seen = (status.st_ino, status.st_mtime_ns, stored)
@@ -119,7 +122,7 @@ class CacheFolder:
                 os.rename(staged, path_of(self.folder, name))
             except BaseException:
                 with suppress(OSError):
-                    self._index.give_up(staged)
+                    self._index.give_up(name, staged)
                 raise
 
     @contextmanager

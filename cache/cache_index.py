@@ -88,24 +88,22 @@ class CacheIndex:
     def drop(self, name: str) -> None:
         """Remove a file."""
         with self._transaction() as rows:
+            self._drop(rows, rows.execute("SELECT name, staged FROM files WHERE name = ?", (name,)).fetchall())
             path_of(self.folder, name).unlink(missing_ok=True)
-            rows.execute("DELETE FROM files WHERE name = ?", (name,))
 
-    def give_up(self, staged: Path) -> None:
-        """Take back the room of a file that was not written."""
+    def give_up(self, name: str, staged: Path) -> None:
+        """Take back the room of a file that was not written, unless another writer has it by now."""
         with self._transaction() as rows:
             staged.unlink(missing_ok=True)
-            rows.execute("DELETE FROM files WHERE staged = ?", (staged.name,))
+            rows.execute("DELETE FROM files WHERE name = ? AND staged = ?", (name, staged.name))
 
     def reclaim(self) -> None:
         """Take back the room of writers that died, or that have been at it for an hour."""
         with self._transaction() as rows:
             for path in (self.folder / STAGING).glob("*+*+*"):
                 if _abandoned(path):
-                    self._drop(
-                        rows, rows.execute("SELECT name, staged FROM files WHERE staged = ?", (path.name,)).fetchall()
-                    )
                     path.unlink(missing_ok=True)
+                    rows.execute("DELETE FROM files WHERE staged = ?", (path.name,))
 
     def total(self) -> int:
         """Bytes of all files, those being written included."""

@@ -138,7 +138,7 @@ class CachedStore(Store):
             return self.get(key)
         whole = self._folder.whole(entry.sha256, entry.size)
         if whole is not None:
-            return whole[start : start + length]
+            return memoryview(bytes(whole[start : start + length]))
         name = self._range_name(entry, start, length)
         found = self._folder.range(name, length)
         if found is None:

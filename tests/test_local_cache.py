@@ -783,6 +783,16 @@ def test_threads_that_want_one_object_at_once(tmp_path: Path):
     assert CacheIndex(tmp_path).total() == sum(path.stat().st_size for path in kept(tmp_path))
 
 
+def test_ranges_that_are_held_hold_no_files_open(tmp_path: Path):
+    world = in_memory([200_000, 200_000])
+    store = world.cached(tmp_path)
+    store.get("a/c/1/0")
+    before = len(os.listdir("/proc/self/fd"))
+    held = [store.get_range(f"a/c/{n % 2}/0", n // 4 * 10, 10) for n in range(100)]
+    assert len(held) == 100
+    assert len(os.listdir("/proc/self/fd")) <= before + 1, "the manifest's"
+
+
 KILLED = """
 import os, pickle, sys, time
 from pathlib import Path
@@ -806,6 +816,8 @@ def test_the_room_of_a_killed_writer_is_taken_back(tmp_path: Path, asked: list[s
     writer.wait()
     writer.stdout.close()
     store = world.cached(tmp_path)
+    store.get("a/c/1/0")
+    assert CacheIndex(tmp_path).total() < 500_000, "at once, not when its turn to go comes"
     for key in world.objects:
         store.get(key)
     asked.clear()
