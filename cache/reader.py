@@ -19,6 +19,7 @@ from actcache.schemas.errors import Corrupt, NotFound
 
 WHOLE_SHARD_FRACTION = 0.5
 INDEX_BYTES_KEPT = 32 << 20
+OPENED_BYTES = 128 << 20
 AHEAD_BYTES = 48 << 20
 UNKNOWN_SIZE = 1 << 62
 
@@ -116,7 +117,7 @@ class ArrayReader(Rows):
 
     def _fill(self, out: np.ndarray, wants: Iterable[Want]) -> None:
         shards = ((shard, list(group)) for shard, group in groupby(wants, lambda want: want.shard))
-        opened = ahead(lambda each: self._open(*each), shards, lambda each: self._first_bytes(*each), AHEAD_BYTES)
+        opened = ahead(lambda each: self._open(*each), shards, lambda each: self._first_bytes(*each), OPENED_BYTES)
         ranges = (found for ranges in opened for found in ranges)
         for found in ahead(self._fetch, ranges, lambda found: found.length, AHEAD_BYTES):
             spread(lambda span, found=found: self._decode(found, span, out), found.spans)  # type: ignore[misc]
@@ -127,8 +128,9 @@ class ArrayReader(Rows):
 
     def _first_bytes(self, shard: int, wants: list[Want]) -> int:
         """Bytes that opening a shard fetches at most."""
-        whole = self.store.part_bytes if self._is_whole(shard, wants) else None
-        return max(self.layout.index_bytes, whole or 0)
+        if not self._is_whole(shard, wants):
+            return self.layout.index_bytes
+        return max(self.layout.index_bytes, self.store.part_bytes or self.layout.shard_rows * self.layout.row_bytes)
 
     def _open(self, shard: int, wants: list[Want]) -> list[Range]:
         """The ranges of a shard that have what is wanted. Where most of it is, those come with bytes that had to be read for the index."""

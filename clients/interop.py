@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 
+from actcache.cache.local_cache import CachedStore
 from actcache.cache.local_store import LocalStore
 from actcache.cache.remote_store import RemoteStore
 from actcache.cache.store import Store
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def zarr_group(store: Store) -> zarr.Group:
-    """A dataset as a zarr-python group, read-only, over the same connection.
+    """A dataset as a zarr-python group, read-only, over the same connection, and past a local cache.
 
     Raises:
         Unsupported: the store has no zarr-python counterpart.
@@ -33,6 +34,8 @@ def zarr_group(store: Store) -> zarr.Group:
     from zarr.storage import LocalStore as ZarrLocalStore
     from zarr.storage import ObjectStore
 
+    if isinstance(store, CachedStore):
+        store = store.remote
     if isinstance(store, LocalStore):
         return zarr.open_group(ZarrLocalStore(store.root, read_only=True), mode="r")
     if isinstance(store, RemoteStore):
