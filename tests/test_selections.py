@@ -373,6 +373,8 @@ def test_token_indexes_count_and_cut_as_numpy_does(n: int, seed: int, share: flo
         assert index.end > tokens.max(initial=-1)
         a, b = sorted(data.draw(st.integers(0, len(tokens))) for _ in range(2))
         assert np.array_equal(index.tokens(a, b), tokens[a:b])
+        some = rng.integers(0, len(tokens), 9) if len(tokens) else np.empty(0, np.int64)
+        assert np.array_equal(index.at(some), tokens[some])
         start, stop = sorted(data.draw(st.integers(0, n)) for _ in range(2))
         inside = np.sort(tokens[(tokens >= start) & (tokens < stop)])
         assert np.array_equal(index.within(start, stop), inside)
