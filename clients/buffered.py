@@ -1,8 +1,8 @@
 """The engine of the batch loader: a buffer of rows that is filled at random places while batches are taken out of it.
 
 A window's tokens lie anywhere in the buffer. When a batch has been copied out, the places of its tokens are free for those of the next
-window, which is read meanwhile; so one buffer is enough, and reading never waits for a window to end. The plan alone decides the order of what
-is given out, and threads only when it is there.
+window, which is read meanwhile; so one buffer is enough, and reading never waits for a window to end. The plan alone decides the order
+of what is given out, and threads only when it is there.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from typing import Protocol
 import numpy as np
 
 from actcache.cache.rows import Rows
-from actcache.clients.field import Field
+from actcache.clients.field import TOKEN, Field
 from actcache.clients.shuffle import Plan
 
-TOKEN = "token"
 READERS = 2
 """Units that are read at once; each is decoded by as many threads as there are cores."""
 GATHERERS = 2
@@ -207,9 +206,7 @@ class Buffered:
         with self._changed:
             if number not in self._making:
                 n = min(self._plan.size, self._plan.stop - self._plan.start - number * self._plan.size)
-                arrays = {
-                    field.name: self._memory.empty((n, *field.row_shape), field.dtype) for field in self._fields
-                }
+                arrays = {field.name: self._memory.empty((n, *field.row_shape), field.dtype) for field in self._fields}
                 arrays[TOKEN] = self._memory.empty((n,), self._tokens.dtype)
                 self._making[number] = _Making(arrays, n)
             making = self._making[number]

@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from actcache.clients.buffered import PLACE_BYTES, READERS, TOKEN, Batch, Buffered, Memory, buffer_places
-from actcache.clients.field import Field
-from actcache.clients.normalise import How, Normaliser
+from actcache.clients.buffered import PLACE_BYTES, READERS, Batch, Buffered, Memory, buffer_places
+from actcache.clients.field import fields_of
+from actcache.clients.normalise import How
 from actcache.clients.recycled import Recycled
 from actcache.clients.shuffle import Plan, Share
 from actcache.clients.sources import Source, cuts
@@ -24,12 +24,13 @@ ONE_PROCESS = (0, 1)
 
 
 class Batches:
-    """An epoch of batches: dicts of numpy arrays of the same tokens in the same order, and of `token`, their places on the token axis.
+    """An epoch of batches: dicts of numpy arrays of the same tokens in the same order, with their places on the token axis as `token`.
 
-    Iterating gives the epoch, and again the same one, unless `set_epoch` is called in between. Every token of the index comes exactly once, or as
-    often as a list names it. Without `shuffle` they come in the view's own order. With it, parts of the objects of the first site are
-    brought into a random order, cut into windows of equal size of at most `buffer` tokens, and the tokens of each window are
-    permuted. The order is a function of the index, the first site's objects, `size`, `shuffle`, `epoch`, `buffer`, rank and workers alone.
+    Iterating gives the epoch, and again the same one, unless `set_epoch` is called in between. Every token of the index comes exactly
+    once, or as often as a list names it. Without `shuffle` they come in the view's own order. With it, parts of the objects of the
+    first site are brought into a random order, cut into windows of equal size of at most `buffer` tokens, and the tokens of each
+    window are permuted. The order is a function of the index, the first site's objects, `size`, `shuffle`, `epoch`, `buffer`, rank
+    and workers alone.
 
     Args:
         sources: the sites' arrays by name, (token, …), all of the same token axis.
@@ -78,7 +79,7 @@ class Batches:
         if self.rank >= self.world_size:
             raise InvalidInput(f"rank={rank}: of {world_size} ranks, the last is {world_size - 1}")
         self.drop_last = bool(drop_last)
-        self.fields = _fields(sources, columns or {}, dtype, normalise, statistics or {})
+        self.fields = fields_of(sources, columns or {}, dtype, normalise, statistics or {})
         self.index = index
         self._cuts = cuts(self.fields[0].source)
         self._recycled = Recycled(self.prefetch + 1)
@@ -94,7 +95,15 @@ class Batches:
         """The batches of one of several workers among which this rank's are divided, from where `load_state_dict` said.
 
         A batch's memory is used again when nobody holds it any more, or comes from `memory`.
+
+        Raises:
+            InvalidInput: the state that was loaded is of another worker.
         """
+        if self._begin and self._worker != (worker, workers):
+            raise InvalidInput(
+                f"the state is of worker {self._worker[0]} of {self._worker[1]}, and this is worker {worker} of {workers}; "
+                "with workers, torchdata's StatefulDataLoader loads each one's own"
+            )
         self._worker = (worker, workers)
         self._given, self._begin = self._begin, 0
         self._running = running = object()
@@ -138,7 +147,9 @@ class Batches:
             raise InvalidInput(f"a state of version {state.get('version')!r}, where {STATE_VERSION} is asked for")
         for name, value in self._order.items():
             if state.get(name) != value:
-                raise InvalidInput(f"the state is of {name} {state.get(name)!r}, not {value!r}; use what it was taken with")
+                raise InvalidInput(
+                    f"the state is of {name} {state.get(name)!r}, not {value!r}; use what it was taken with"
+                )
         epoch = _whole("the state's epoch", state.get("epoch"), 0)
         self.set_epoch(epoch)
         batches = _whole("the state's batches", state.get("batches"), 0)
@@ -206,41 +217,6 @@ class Batches:
             "worker": self._worker[0],
             "workers": self._worker[1],
         }
-
-
-def _fields(
-    sources: Mapping[str, Source],
-    columns: Mapping[str, Source],
-    dtype: str,
-    normalise: How | None,
-    statistics: Mapping[str, tuple[np.ndarray, np.ndarray]],
-) -> list[Field]:
-    """The arrays of a batch, sites first."""
-    if not sources:
-        raise InvalidInput("batches of no site; name at least one")
-    if dtype not in ("float32", "stored"):
-        raise InvalidInput(f"dtype={dtype!r}: there is 'float32' and 'stored'")
-    if normalise is not None and dtype == "stored":
-        raise InvalidInput(f"normalise={normalise!r} with dtype='stored': normalised values are float32")
-    twice = sorted({*sources, TOKEN} & {*columns} | {TOKEN} & {*sources})
-    if twice:
-        raise InvalidInput(f"{twice[0]!r} twice in a batch; leave it out of the sites or columns")
-    fields = []
-    for name, source in sources.items():
-        normaliser = None
-        if normalise is not None:
-            if name not in statistics:
-                raise InvalidInput(f"normalise={normalise!r}: {name} has no statistics")
-            normaliser = Normaliser.of(normalise, *statistics[name], name)
-        fields.append(Field(name, source, source.dtype if dtype == "stored" else np.dtype(np.float32), normaliser))
-    fields += [Field(name, source, source.dtype) for name, source in columns.items()]
-    for field in fields:
-        if field.source.shape[0] != fields[0].source.shape[0]:
-            raise InvalidInput(
-                f"{field.name} has {field.source.shape[0]:,} rows and {fields[0].name} {fields[0].source.shape[0]:,}; "
-                "batches are of arrays of one token axis"
-            )
-    return fields
 
 
 def _whole(name: str, value: Any, least: int, what: str = "a whole number") -> int:

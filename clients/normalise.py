@@ -37,9 +37,9 @@ class Normaliser:
             raise InvalidInput(f"{name}: its mean or variance is not finite, so that it cannot be normalised")
         if how == "scale":
             square = float((mean**2 + variance).sum())
-            return cls(None, _finite(np.float64(mean.size), np.float64(square)))
+            return cls(None, _finite(mean.size, np.array(square)))
         shift = mean.astype(np.float32)
-        return cls(shift, None if how == "center" else _finite(np.float64(1), variance))
+        return cls(shift, None if how == "center" else _finite(1, variance))
 
     def apply(self, rows: np.ndarray) -> None:
         """Change rows (n, d), float32, in place."""
@@ -49,8 +49,8 @@ class Normaliser:
             np.multiply(rows, self.factor, out=rows)
 
 
-def _finite(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+def _finite(above: int, below: np.ndarray) -> np.ndarray:
     """sqrt(above / below) as float32, and 1 where that is infinite."""
     with np.errstate(divide="ignore", over="ignore"):
         factor = np.sqrt(above / below).astype(np.float32)
-    return np.where(np.isfinite(factor), factor, np.float32(1))
+    return np.asarray(np.where(np.isfinite(factor), factor, np.float32(1)))

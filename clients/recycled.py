@@ -15,6 +15,9 @@ class Recycled:
         self._most = most
         self._free: dict[int, list[np.ndarray]] = {}
 
+    def __reduce__(self) -> tuple[type[Recycled], tuple[int]]:
+        return Recycled, (self._most,)  # memory does not travel
+
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         """An array of any content. Its memory comes back when neither it nor any view or tensor of it is left."""
         count = math.prod(shape)

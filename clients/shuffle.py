@@ -146,7 +146,8 @@ class Plan:
 def permutation(n: int, *key: object) -> np.ndarray:
     """A uniform permutation of n places, (n,), int32, that a key decides.
 
-    The places are sorted by the raw output of a bit generator, which numpy promises never to change; what its `Generator` makes of that may.
+    The places are sorted by the raw output of a bit generator, which numpy promises never to change; what its `Generator` makes of
+    that may.
     """
     bits = max(1, (n - 1).bit_length())
     seed = int.from_bytes(sha256(repr(key).encode()).digest(), "little")
