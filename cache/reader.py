@@ -19,7 +19,6 @@ from actcache.schemas.errors import Corrupt, NotFound
 
 WHOLE_SHARD_FRACTION = 0.5
 INDEX_BYTES_KEPT = 32 << 20
-OPENED_BYTES = 128 << 20
 AHEAD_BYTES = 48 << 20
 UNKNOWN_SIZE = 1 << 62
 
@@ -117,7 +116,7 @@ class ArrayReader(Rows):
 
     def _fill(self, out: np.ndarray, wants: Iterable[Want]) -> None:
         shards = ((shard, list(group)) for shard, group in groupby(wants, lambda want: want.shard))
-        opened = ahead(lambda each: self._open(*each), shards, lambda each: self._first_bytes(*each), OPENED_BYTES)
+        opened = ahead(lambda each: self._open(*each), shards, lambda each: self._first_bytes(*each), AHEAD_BYTES)
         ranges = (found for ranges in opened for found in ranges)
         for found in ahead(self._fetch, ranges, lambda found: found.length, AHEAD_BYTES):
             spread(lambda span, found=found: self._decode(found, span, out), found.spans)  # type: ignore[misc]

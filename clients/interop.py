@@ -1,10 +1,9 @@
-"""A view in the hands of other libraries: zarr-python, xarray, torch."""
+"""A view in the hands of other libraries: zarr-python, xarray."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import ml_dtypes
 import numpy as np
 
 from actcache.cache.local_cache import CachedStore
@@ -17,7 +16,6 @@ from actcache.schemas.errors import Unsupported
 from actcache.schemas.grid import TOKEN_DTYPES
 
 if TYPE_CHECKING:
-    import torch
     import xarray
     import zarr
 
@@ -82,12 +80,3 @@ def _unread(view: View, name: str) -> Any:
             return np.asarray(found)
 
     return indexing.LazilyIndexedArray(Field())
-
-
-def tensor(rows: np.ndarray) -> torch.Tensor:
-    """An array as a tensor of the same memory; bfloat16, which torch does not take from numpy, by its bits."""
-    import torch
-
-    if rows.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(rows.view(np.uint16)).view(torch.bfloat16)
-    return torch.from_numpy(rows)

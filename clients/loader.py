@@ -21,6 +21,8 @@ STATE_VERSION = 1
 FETCHED_BYTES = 48 << 20
 """What reading one unit may have fetched, or mapped, and not yet decoded, besides one object."""
 ONE_PROCESS = (0, 1)
+BUFFER = 1 << 20
+"""Tokens of a window, unless asked otherwise."""
 
 
 class Batches:
@@ -59,7 +61,7 @@ class Batches:
         *,
         shuffle: int | None = None,
         epoch: int = 0,
-        buffer: int = 1 << 20,
+        buffer: int = BUFFER,
         dtype: Literal["float32", "stored"] = "float32",
         normalise: How | None = None,
         statistics: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None,

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from actcache.clients.columns import Columns
 from actcache.clients.conditions import conditions
 from actcache.clients.filtering import checked_mask, kept
+from actcache.clients.loader import BUFFER, Batches
+from actcache.clients.normalise import How
 from actcache.clients.sources import Source, read
 from actcache.clients.token_index import Listed, TokenIndex
 from actcache.clients.view import View
 from actcache.schemas.errors import InvalidInput
-from actcache.schemas.sites import residual_stream
+from actcache.schemas.sites import expand, residual_stream
 
 if TYPE_CHECKING:
+    import torch
+
     from actcache.cache.head import Head
+    from actcache.clients.bridges import ActivationSource
     from actcache.clients.text import Text
+    from actcache.clients.torch_dataset import TorchBatches
 
 LAYER, NORM = "layer", "norm"
 PLACE_BITS = 40
@@ -92,6 +98,125 @@ class Selectable(View):
         if len(wanted) and not (wanted.min() >= 0 and wanted.max() < self.n_tokens):
             raise IndexError(f"{self.url}: tokens {wanted.min()} to {wanted.max()} of {self.n_tokens}")
         return Selection(self, lambda: Listed(self.index.at(wanted)), None)
+
+    def batches(
+        self,
+        sites: str | Sequence[str],
+        size: int = 4096,
+        *,
+        shuffle: int | None = None,
+        epoch: int = 0,
+        where: Mapping[str, Any] | None = None,
+        columns: str | Sequence[str] = (),
+        dtype: Literal["float32", "stored"] = "float32",
+        normalise: How | None = None,
+        buffer: int = BUFFER,
+        drop_last: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        prefetch: int = 2,
+    ) -> Batches:
+        """An epoch of batches of the view's tokens: dicts of numpy arrays, resumable by `state_dict`.
+
+        A batch has each site, (size, d_model), the `columns` asked for and `token`, the places on the dataset's token axis, all of the
+        same tokens. Every token comes once.
+
+        Args:
+            sites: a site, several, or patterns as a build takes them (`resid`, `blocks.*.hook_resid_post`).
+            size: tokens of a batch; the last may be shorter.
+            shuffle: a seed, or None for the view's own order.
+            epoch: which of the orders of that seed; `set_epoch` changes it.
+            where: conditions, as `where` takes them.
+            columns: fields that go along, such as `token_id`.
+            dtype: `float32`, or `stored`, as they are.
+            normalise: `center`, `standard` or `scale`, by the statistics of the whole dataset; see docs/reading.md.
+            buffer: tokens among which a shuffle mixes.
+            drop_last: leave out what would make a short batch; every rank then gives the same number of batches.
+            rank: which part of the epoch; the parts of all ranks do not overlap, and are the epoch together.
+            world_size: how many ranks there are.
+            prefetch: batches that are made ahead.
+
+        Raises:
+            NotFound: no such site or field.
+            InvalidInput: arguments that make no sense.
+        """
+        view = self.where(**where) if where is not None else self
+        names = self._patterns(sites)
+        statistics = {name: view.statistics[name] for name in names} if normalise is not None else {}
+        return Batches(
+            {name: view.source(name) for name in names},
+            view.index,
+            size,
+            shuffle=shuffle,
+            epoch=epoch,
+            buffer=buffer,
+            dtype=dtype,
+            normalise=normalise,
+            statistics={name: (found["mean"], found["variance"]) for name, found in statistics.items()},
+            columns={name: view.field_source(name) for name in ([columns] if isinstance(columns, str) else columns)},
+            drop_last=drop_last,
+            rank=rank,
+            world_size=world_size,
+            prefetch=prefetch,
+        )
+
+    def torch(
+        self,
+        sites: str | Sequence[str],
+        size: int = 4096,
+        *,
+        pin_memory: bool = False,
+        device: str | torch.device | None = None,
+        rank: int | None = None,
+        world_size: int | None = None,
+        **options: Any,
+    ) -> TorchBatches:
+        """The same as `batches` with tensors, a torch `IterableDataset`: `DataLoader(ds.torch(…), batch_size=None)`. Needs torch.
+
+        bfloat16 as stored is torch's.
+
+        Args:
+            sites: as `batches` takes them.
+            size: tokens of a batch.
+            pin_memory: let the tensors lie in pinned memory.
+            device: where to move the tensors, the next batch while one is used.
+            rank: which part of the epoch; where torch.distributed is initialised, its rank.
+            world_size: how many ranks there are; where torch.distributed is initialised, its number.
+            **options: the others of `batches`.
+
+        Raises:
+            NotFound, InvalidInput: as `batches`; pinned memory without CUDA.
+        """
+        from actcache.clients.torch_dataset import distributed_rank, torch_batches
+
+        own, ranks = distributed_rank(rank, world_size)
+        return torch_batches(self.batches(sites, size, rank=own, world_size=ranks, **options), pin_memory, device)
+
+    def activations(self, site: str, size: int = 4096, *, shuffle: int = 0, **options: Any) -> ActivationSource:
+        """An endless source of tensors (size, d_model) of one site, each epoch in another order: see `ActivationSource`. Needs torch.
+
+        Raises:
+            NotFound, InvalidInput: as `torch`; not one full batch in an epoch.
+        """
+        from actcache.clients.bridges import ActivationSource
+
+        config = {"url": self.url, "site": site, "size": size, "shuffle": shuffle}
+        config |= {name: value for name, value in options.items() if isinstance(value, str | int | float | bool)}
+        batches = self.torch(site, size, shuffle=shuffle, drop_last=True, **options)
+        return ActivationSource(batches, site, self.source(site).shape[1], config)
+
+    def _patterns(self, sites: str | Sequence[str]) -> list[str]:
+        """The sites that names and patterns choose, in their order where they are names."""
+        asked = [sites] if isinstance(sites, str) else list(sites)
+        if all(name in self.sites for name in asked):
+            return list(dict.fromkeys(asked))
+        if len(asked) == 1 and asked[0] in self.quantised:
+            raise self._no_site(asked[0])
+        try:
+            return expand(asked, self.sites, self.model.n_layers)
+        except InvalidInput:
+            known = [name for name in asked if name not in self.sites]
+            raise self._no_site(known[0]) from None
 
 
 class Selection(Selectable):

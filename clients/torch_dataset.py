@@ -142,15 +142,17 @@ class _Pinned:
         return memory.view(dtype).reshape(shape)
 
 
-def _tensors(batch: Batch) -> TensorBatch:
+def tensor(rows: np.ndarray) -> torch.Tensor:
+    """An array as a tensor of the same memory; bfloat16, which torch does not take from numpy, by its bits."""
     import torch
 
-    return {
-        name: torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
-        if array.dtype == _BFLOAT16
-        else torch.from_numpy(array)
-        for name, array in batch.items()
-    }
+    if rows.dtype == _BFLOAT16:
+        return torch.from_numpy(rows.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(rows)
+
+
+def _tensors(batch: Batch) -> TensorBatch:
+    return {name: tensor(array) for name, array in batch.items()}
 
 
 def _moved(

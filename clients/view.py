@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -19,6 +20,7 @@ from actcache.schemas.sites import residual_stream
 
 if TYPE_CHECKING:
     import dask.array as da
+    import datasets
     import torch
     import xarray
 
@@ -168,6 +170,16 @@ class View(ABC):
         listed = "ds.sites" if self.sites else "ds.quantised"
         return NotFound(f"{self.url}: no site {name!r}; there is {near} ({listed} lists all)")
 
+    def field_source(self, name: str) -> Source:
+        """Where an array of one number a token comes from.
+
+        Raises:
+            NotFound: no such array.
+        """
+        if name not in self.fields:
+            raise NotFound(f"{self.url}: no field {name!r}; there is {', '.join(self.fields)}")
+        return self.source(name)
+
     def _index_of(self, source: Source) -> TokenIndex:
         """The view's tokens, of an array that is along the token axis."""
         if source.axes[0] != "token":
@@ -237,7 +249,28 @@ class View(ABC):
         Raises:
             NotFound, InvalidInput: as `site`.
         """
-        from actcache.clients.interop import tensor
+        from actcache.clients.torch_dataset import tensor
 
         source, as_dtype = self._site(name, dtype)
         return tensor(read(source, self.index, 0, self.n_tokens, as_dtype))
+
+    def to_datasets(
+        self,
+        path: str | Path,
+        sites: str | Sequence[str],
+        columns: Sequence[str] = ("token_id", "document", "position"),
+        dtype: Literal["float32", "stored"] = "float32",
+    ) -> datasets.Dataset:
+        """Write the view to an Arrow file, and open it as a memory-mapped dataset of Hugging Face. Needs the package `datasets`.
+
+        A row is a token: the sites as lists of d_model numbers, `columns`, and `token`, the place on the dataset's token axis.
+        It is written in pieces, so a view may be larger than memory.
+
+        Raises:
+            NotFound: no such site or field.
+            InvalidInput: the file exists, or bfloat16 as stored, which Arrow does not have.
+        """
+        from actcache.clients.bridges import to_datasets
+
+        asked = {name: self._site(name, dtype) for name in ([sites] if isinstance(sites, str) else sites)}
+        return to_datasets(path, asked, {name: self.field_source(name) for name in columns}, self.index)
