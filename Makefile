@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STDLIB = $(shell $(PYTHON) -c "import sysconfig; print(sysconfig.get_path('stdlib'))")
 
 CLIENT_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.13*/bin/python) $(shell command -v python3.13))
-CLIENT_TESTS := tests/test_golden.py tests/test_shards.py tests/test_sites.py
+CLIENT_TESTS := tests/test_golden.py tests/test_reader.py tests/test_shards.py tests/test_sites.py
 
 BRIDGE_TESTS := tests/test_bridges.py tests/test_torch_loader.py
 
