@@ -18,12 +18,12 @@ from benchmarks.ratio import Result, Times, alternate, compare, timed
 
 TITLE = "loader: an epoch of batches of 4096 float32 rows, shuffled ÷ reading whole objects in order, bytes/s"
 TOKENS = 1 << 18
-BUFFER = 1 << 15
+BUFFER = 1 << 16
 GOAL = 0.8
 
 
 def run(material: Material) -> Iterator[Result]:
-    """Compare for both dtypes. The buffer holds an eighth of the tokens, as if there were many more."""
+    """Compare for both dtypes. The buffer holds a quarter of the tokens, as if there were many more."""
     width = material.widths[1]
     print(f"  {TOKENS:,} tokens of {width}, the files in memory; {THREADS} cores; a window of {BUFFER:,} tokens")
     for dtype in ("float32", "bfloat16"):
