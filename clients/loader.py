@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from actcache.cache.cores import available_cores
+from actcache.cache.reader import AHEAD_BYTES
 from actcache.clients.buffered import PLACE_BYTES, READERS, Batch, Buffered, Memory, buffer_places
 from actcache.clients.field import fields_of
 from actcache.clients.normalise import How
@@ -19,8 +20,6 @@ from actcache.schemas.canonical import digest
 from actcache.schemas.errors import InvalidInput
 
 STATE_VERSION = 1
-FETCHED_BYTES = 48 << 20
-"""What reading one unit may have fetched, or mapped, and not yet decoded, besides one object."""
 CHUNK_BYTES = 1 << 20
 ONE_PROCESS = (0, 1)
 
@@ -171,7 +170,7 @@ class Batches:
         stored = [field.values * field.source.dtype.itemsize for field in self.fields]
         made = sum(field.values * field.dtype.itemsize for field in self.fields) + 8
         fetched = max(
-            min(size * field.source.shape[0], size * max(field.source.chunks, default=0) + FETCHED_BYTES)
+            min(size * field.source.shape[0], size * max(field.source.chunks, default=0) + AHEAD_BYTES)
             for field, size in zip(self.fields, stored, strict=True)
         )
         decoded = (available_cores() + READERS) * sum(min(CHUNK_BYTES, size * self._cuts[-1]) for size in stored)
