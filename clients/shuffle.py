@@ -15,6 +15,8 @@ import numpy as np
 from actcache.clients.token_index import TokenIndex
 from actcache.schemas.errors import InvalidInput
 
+MOST_BUFFER = 1 << 30
+"""Places are counted in 32 bits."""
 PARTS = 16
 """A window holds at least so many parts of blocks, where there are as many: a block never fills a window alone."""
 TINY = 4
@@ -70,6 +72,7 @@ class Plan:
         share: Share,
         drop_last: bool,
     ) -> None:
+        buffer = min(buffer, MOST_BUFFER)
         self._index = index
         self._cuts = cuts
         self._key = None if shuffle is None else (shuffle, epoch)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from actcache.clients.loader import Batches
 from actcache.clients.shuffle import Plan, Share, permutation
 from actcache.clients.sources import StoredSource
 from actcache.clients.token_index import Listed, Masked, Span, TokenIndex
-from tests.array_source import ArraySource, cut, numbered
+from tests.array_source import ArrayRows, ArraySource, cut, numbered
 
 Kept = list[dict[str, np.ndarray]]
 
@@ -337,6 +338,24 @@ def test_what_a_reader_raises_comes_to_the_consumer(error: Exception):
     assert tokens(found) == list(range(10 * len(found)))
     assert len(found) <= 77
     assert ended()
+
+
+def test_an_error_that_is_kept_keeps_no_buffer(monkeypatch: pytest.MonkeyPatch):
+    buffers = []
+    original = ArrayRows.scatter
+
+    def scatter(rows: ArrayRows, index: np.ndarray, out: np.ndarray, at: np.ndarray) -> None:
+        buffers.append(weakref.ref(out))
+        original(rows, index, out, at)
+
+    monkeypatch.setattr(ArrayRows, "scatter", scatter)
+    source = numbered(1000, 2, cut(1000, 50))
+    source.failure, source.fails_at = ac.Corrupt("broken"), 777
+    with pytest.raises(ac.Corrupt) as kept:
+        list(Batches({"x": source}, Span(0, 1000), 10, buffer=100, shuffle=0))
+    assert kept.value.__traceback__ is not None
+    assert buffers
+    assert {each() is None for each in buffers} == {True}
 
 
 def test_an_iterator_that_is_left_ends_its_threads():
