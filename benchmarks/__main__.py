@@ -18,7 +18,20 @@ from pathlib import Path
 from benchmarks.material import THREADS, Material
 from benchmarks.ratio import Result
 
-NAMES = ("build", "engine", "tokenise", "writer", "quantise", "s3_upload", "read", "chunks", "start", "peers")
+NAMES = (
+    "build",
+    "engine",
+    "tokenise",
+    "writer",
+    "quantise",
+    "s3_upload",
+    "read",
+    "loader",
+    "mixing",
+    "chunks",
+    "start",
+    "peers",
+)
 ON_REQUEST = ("peers",)
 BY_DEFAULT = tuple(name for name in NAMES if name not in ON_REQUEST)
 NAMES_HELP = (

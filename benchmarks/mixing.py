@@ -48,8 +48,10 @@ def order(tokens: int, buffer: int, block: int = BLOCK, most: int = MOST_TOKENS)
 
 
 def expected(mixed: int, sequence: int = SEQUENCE, size: int = SIZE) -> float:
-    """Pairs of the same sequence in a batch that is drawn from `mixed` tokens of whole sequences: any two of them are of the
-    same one with probability (sequence - 1) / (mixed - 1)."""
+    """Pairs of the same sequence in a batch that is drawn from `mixed` tokens of whole sequences.
+
+    Any two of them are of the same one with probability (sequence - 1) / (mixed - 1).
+    """
     return size * (size - 1) / 2 * (sequence - 1) / (mixed - 1)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from traceback import clear_frames
 from typing import Protocol
 
 import numpy as np
@@ -123,6 +124,7 @@ class Buffered:
         # A collection of garbage may have come upon us on one of our own threads, which cannot wait for itself.
         own = threading.current_thread().name.startswith(THREADS)
         self._pool.shutdown(wait=not own, cancel_futures=True)
+        self._buffers.clear()
 
     def _schedule(self) -> None:
         """Begin whatever can be begun. The caller holds the lock."""
@@ -170,6 +172,7 @@ class Buffered:
                 self._schedule()
                 self._changed.notify()
         except BaseException as error:
+            clear_frames(error.__traceback__)  # whoever keeps the error shall not keep the buffer
             with self._changed:
                 self._error = self._error or error
                 self._changed.notify()
