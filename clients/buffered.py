@@ -7,7 +7,9 @@ of what is given out, and threads only when it is there.
 
 from __future__ import annotations
 
+import atexit
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from traceback import clear_frames
@@ -99,6 +101,7 @@ class Buffered:
         self._free = np.arange(places, dtype=np.int32)  # a ring
         self._first_free, self._n_free = 0, places
         self._pool = ThreadPoolExecutor(READERS + GATHERERS, thread_name_prefix=THREADS)
+        _running.add(self)
         try:
             with self._changed:
                 self._schedule()
@@ -119,6 +122,8 @@ class Buffered:
             return batch
 
     def _close(self) -> None:
+        if self._closed:
+            return
         with self._changed:
             self._closed = True
         # A collection of garbage may have come upon us on one of our own threads, which cannot wait for itself.
@@ -234,6 +239,16 @@ class Buffered:
         at = self._first_free + self._n_free + np.arange(len(places))
         self._free[at % len(self._free)] = places
         self._n_free += len(places)
+
+
+_running: weakref.WeakSet[Buffered] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Close what an exiting program left open, while everything that closing needs is still there."""
+    for engine in list(_running):
+        engine._close()
 
 
 def buffer_places(plan: Plan) -> int:

@@ -31,9 +31,9 @@ class Batches:
 
     Iterating gives the epoch, and again the same one, unless `set_epoch` is called in between. Every token of the index comes exactly
     once, or as often as a list names it. Without `shuffle` they come in the view's own order. With it, parts of the objects of the
-    first site are brought into a random order, cut into windows of equal size of at most `buffer` tokens, and the tokens of each
-    window are permuted. The order is a function of the index, the first site's objects, `size`, `shuffle`, `epoch`, `buffer`, rank
-    and workers alone.
+    first site are brought into a random order, cut into windows of equal size of at least `buffer` tokens, and fewer than twice as
+    many, and the tokens of each window are permuted. The order is a function of the index, the first site's objects, `size`,
+    `shuffle`, `epoch`, `buffer`, rank and workers alone.
 
     Args:
         sources: the sites' arrays by name, (token, …), all of the same token axis.
@@ -41,7 +41,8 @@ class Batches:
         size: tokens of a batch. The last one may be shorter, unless `drop_last`.
         shuffle: the seed, at least 0, or None.
         epoch: which of the orders that the seed has.
-        buffer: tokens of a window at most. The larger, the better batches are mixed, and the more memory is taken: see `memory_bytes`.
+        buffer: tokens of a window at least, where there are so many. The larger, the better batches are mixed, and the more memory is
+            taken: see `memory_bytes`.
         dtype: of the sites in a batch: `float32`, or `stored`, as they are. Columns have their own.
         normalise: None, `center`, `standard` or `scale`: see `Normaliser.of`.
         statistics: mean and variance of each site, (d,) float64, where `normalise` asks for them.

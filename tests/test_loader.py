@@ -382,10 +382,11 @@ def test_an_iterator_that_is_left_ends_its_threads():
     assert ended(), "and so does one that is through"
 
 
-def test_a_script_may_end_in_the_middle():
+@pytest.mark.parametrize("name", ["kept", "pytest.kept", "threading.kept"])
+def test_a_script_may_end_in_the_middle(name: str):
     script = (
-        "from tests.test_loader import *\n"
-        "kept = iter(make(5000, Span(0, 5000), 100, size=10, shuffle=0, buffer=500)); next(kept); print('there')"
+        "import threading, pytest; from tests.test_loader import *\n"
+        f"{name} = iter(make(5000, Span(0, 5000), 100, size=10, shuffle=0, buffer=500)); next({name}); print('there')"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "there\n", "")
