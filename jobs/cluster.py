@@ -15,6 +15,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from queue import Empty, SimpleQueue
+from threading import Thread
 from typing import Any
 
 import distributed
@@ -163,11 +164,35 @@ class OnCluster:
                 killed = future.status == "error" and isinstance(future.exception(), distributed.KilledWorker)
                 self._events.append(Failed(block, _error(future), attempts=KILLED_ATTEMPTS if killed else 1))
         try:
-            found = self._client.gather(list(fine.values())) if fine else []
+            found = self._gathered(list(fine.values())) if fine else []
+        except StoreError:
+            raise
         except Exception as error:  # a worker that died with its results: they are found stored
             self._events.extend(Failed(block, error) for block in fine)
             return
         self._events.extend(event for event in map(self._told, fine, found) if event is not None)
+
+    def _gathered(self, futures: list[distributed.Future]) -> list[Done | Broken | Resting]:
+        """The results. Those that died with their worker Dask has computed again, for which a worker must come back meanwhile."""
+        results: SimpleQueue[list[Any] | Exception] = SimpleQueue()
+
+        def gather() -> None:
+            try:
+                results.put(self._client.gather(futures))
+            except (
+                BaseException
+            ) as error:  # it is raised in the thread that waits; asyncio's cancelling is no Exception
+                results.put(error if isinstance(error, Exception) else ConnectionError(repr(error)))
+
+        Thread(target=gather, name="actcache-gather", daemon=True).start()
+        while True:
+            with suppress(Empty):
+                found = results.get(timeout=POLL_SECONDS)
+                if isinstance(found, Exception):
+                    raise found
+                return found
+            self._check_scheduler()
+            self._there()
 
     def _told(self, block: int, found: Done | Broken | Resting) -> Event | None:
         """What a worker told of a block; None where it is given to another one."""
