@@ -64,6 +64,10 @@ def run(
     return final[0] if final else None
 
 
+def keep_nothing(site: str, tensor: torch.Tensor) -> None:
+    """A sink for who wants the pass alone."""
+
+
 def read_sites(parts: ModelParts, inputs: Inputs, sites: Iterable[str]) -> dict[str, torch.Tensor]:
     """Run a batch and keep every site's tensor (sequence, position, width).
 

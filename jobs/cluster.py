@@ -15,19 +15,20 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from queue import Empty, SimpleQueue
+from threading import Thread
 from typing import Any
 
 import distributed
 import torch
 
 from actcache.cache.cores import available_cores
-from actcache.jobs.engine import POLL_SECONDS, Event, Failed
+from actcache.jobs.engine import POLL_SECONDS, Event, Failed, is_final
 from actcache.jobs.forecast import Sample
 from actcache.jobs.local_cluster import local_cluster
 from actcache.jobs.memory_plan import BLOCKS_AT_ONCE
 from actcache.jobs.options import ClusterOptions
 from actcache.jobs.progress import Reporter
-from actcache.jobs.residence import Broken, Residence, perform, replay, sample
+from actcache.jobs.residence import Broken, Residence, Resting, perform, replay, sample
 from actcache.jobs.worker import Done, Job
 from actcache.schemas.errors import InvalidInput, StoreError
 from actcache.schemas.root import ReplayResult
@@ -44,10 +45,19 @@ PREFIX = "actcache-"
 
 
 class OnCluster:
-    """Hands blocks to a Dask scheduler."""
+    """Hands blocks to a Dask scheduler. `local` are the worker processes of this build alone, if it has some."""
 
-    def __init__(self, client: distributed.Client, name: str, options: ClusterOptions, reporter: Reporter) -> None:
+    def __init__(
+        self,
+        client: distributed.Client,
+        name: str,
+        options: ClusterOptions,
+        reporter: Reporter,
+        local: distributed.SpecCluster | None = None,
+    ) -> None:
         self.retries = options.retries
+        self._local = local
+        self._wanted = options.workers or 0
         self._client = client
         self._name = name
         self._reporter = reporter
@@ -60,7 +70,7 @@ class OnCluster:
         self._events: deque[Event] = deque()
         self._heard = self._served = time.monotonic()
         self._counted = -COUNT_SECONDS
-        self._addresses: set[str] = set()
+        self._workers: dict[str, Any] = {}
         self._told_alone = False
 
     @property
@@ -103,7 +113,7 @@ class OnCluster:
 
     def _task(self, function: Callable[..., Any], not_at: set[str], *arguments: Any) -> distributed.Future:
         """Give something to the scheduler, to be done rather not where it failed before."""
-        elsewhere = sorted(self._there() - not_at) if not_at else []
+        elsewhere = sorted(self._there().keys() - not_at) if not_at else []
         where = {"workers": elsewhere, "allow_other_workers": True} if elsewhere else {}
         key = f"{self._name}-{function.__name__}-{uuid.uuid4().hex}"
         return self._client.submit(
@@ -113,7 +123,8 @@ class OnCluster:
     def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Have something done by one worker and wait for it; by another one if that may help."""
         not_at: set[str] = set()
-        for attempt in range(self.retries + 1):
+        attempts = 0
+        while True:
             future = self._task(function, not_at, *arguments)
             while not future.done():
                 time.sleep(POLL_SECONDS)
@@ -122,13 +133,15 @@ class OnCluster:
             if future.status != "finished":
                 raise _error(future)
             found = future.result()
-            if not isinstance(found, Broken):
+            if not isinstance(found, Broken | Resting):
                 return found
             not_at.add(found.address)
-            if found.is_final or attempt == self.retries:
+            if isinstance(found, Resting):
+                continue
+            attempts += 1
+            if is_final(found.error, found.opening) or attempts > self.retries:
                 raise found.error
             self._reporter.note(f"{found.address} failed, another worker is asked: {found.error}")
-        raise AssertionError
 
     def _collect(self) -> None:
         """Wait a little for blocks that ended, and fetch what became of all of them at once."""
@@ -151,35 +164,68 @@ class OnCluster:
                 killed = future.status == "error" and isinstance(future.exception(), distributed.KilledWorker)
                 self._events.append(Failed(block, _error(future), attempts=KILLED_ATTEMPTS if killed else 1))
         try:
-            found = self._client.gather(list(fine.values())) if fine else []
-            self._events.extend(map(self._told, fine, found))
+            found = self._gathered(list(fine.values())) if fine else []
+        except StoreError:
+            raise
         except Exception as error:  # a worker that died with its results: they are found stored
             self._events.extend(Failed(block, error) for block in fine)
+            return
+        self._events.extend(event for event in map(self._told, fine, found) if event is not None)
 
-    def _told(self, block: int, found: Done | Broken) -> Event:
+    def _gathered(self, futures: list[distributed.Future]) -> list[Done | Broken | Resting]:
+        """The results. Those that died with their worker Dask has computed again, for which a worker must come back meanwhile."""
+        results: SimpleQueue[list[Any] | Exception] = SimpleQueue()
+
+        def gather() -> None:
+            try:
+                results.put(self._client.gather(futures))
+            except (
+                BaseException
+            ) as error:  # it is raised in the thread that waits; asyncio's cancelling is no Exception
+                results.put(error if isinstance(error, Exception) else ConnectionError(repr(error)))
+
+        Thread(target=gather, name="actcache-gather", daemon=True).start()
+        while True:
+            with suppress(Empty):
+                found = results.get(timeout=POLL_SECONDS)
+                if isinstance(found, Exception):
+                    raise found
+                return found
+            self._check_scheduler()
+            self._there()
+
+    def _told(self, block: int, found: Done | Broken | Resting) -> Event | None:
+        """What a worker told of a block; None where it is given to another one."""
         self._served = time.monotonic()
         if isinstance(found, Done):
             return found
         self._failed_at.setdefault(block, set()).add(found.address)
+        if isinstance(found, Resting):
+            self.submit(block)
+            return None
         return Failed(block, found.error, elsewhere=found.opening)
 
-    def _there(self) -> set[str]:
+    def _there(self) -> dict[str, Any]:
+        """The workers by their addresses, as the scheduler told a moment ago. Those of this build that are no more are replaced."""
         now = time.monotonic()
         if now - self._counted > COUNT_SECONDS:
             self._counted = now
             with suppress(Exception):  # the scheduler may be gone: `next` tells
-                self._addresses = set(self._client.scheduler_info(n_workers=-1)["workers"])
-        return self._addresses
+                self._workers = self._client.scheduler_info(n_workers=-1)["workers"]
+                if self._local is not None and len(self._workers) < self._wanted:
+                    # Dask gives up a process that is not there 15 s after it, or one before it, died
+                    self._local.scale(self._wanted)
+        return self._workers
 
     def _check_workers(self) -> None:
         """Tell, once, that nobody is there to do anything."""
         if self._told_alone or time.monotonic() - self._served < ALONE_SECONDS:
             return
-        offered = self._client.scheduler_info(n_workers=-1)["workers"].values()
         need = (self._resources or {}).get("GPU", 0)
-        if not any((worker.get("resources") or {}).get("GPU", 0) >= need for worker in offered):
+        if not any((worker.get("resources") or {}).get("GPU", 0) >= need for worker in self._there().values()):
             what = f"with --resources GPU={need * BLOCKS_AT_ONCE:g}" if need else "to this scheduler"
-            self._reporter.note(f"no worker is there yet that can run blocks; the build waits: add workers {what}")
+            way = f"add workers {what}" if self._local is None else "they are being started"
+            self._reporter.note(f"no worker is there yet that can run blocks; the build waits: {way}")
             self._told_alone = True
 
     def _check_scheduler(self) -> None:
@@ -225,7 +271,7 @@ def on_cluster(job: Job, options: ClusterOptions, reporter: Reporter) -> Iterato
         InvalidInput: there is no scheduler where the options say.
     """
     with ExitStack() as stack:
-        threads = None
+        threads, cluster = None, None
         if options.workers is not None:
             threads = max(1, available_cores() // options.workers)
             gpus = options.gpus_per_worker
@@ -241,7 +287,7 @@ def on_cluster(job: Job, options: ClusterOptions, reporter: Reporter) -> Iterato
         _forget_dead_builds(client)
         name = f"{PREFIX}{job.grid.plan.key[:12]}-{client.id}"
         client.register_plugin(Residence(name, job, threads, options.gpus_per_worker or 0))
-        engine = OnCluster(client, name, options, reporter)
+        engine = OnCluster(client, name, options, reporter, cluster)
         try:
             yield engine
         finally:

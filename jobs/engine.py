@@ -38,18 +38,14 @@ class Failed:
     elsewhere: bool = False
     attempts: int = 1
 
-    @property
-    def is_final(self) -> bool:
-        """Whether trying again is of no use."""
-        return hopeless(self.error) and not (self.elsewhere and isinstance(self.error, InvalidInput))
-
 
 Event = Done | Failed | Ticked
 
 
-def hopeless(error: Exception) -> bool:
-    """Whether the same would happen again: of our own errors all but those of a store."""
-    return isinstance(error, ActcacheError) and not isinstance(error, StoreError)
+def is_final(error: Exception, elsewhere: bool) -> bool:
+    """Whether trying again is of no use: the same would happen, and not only on this worker (`elsewhere`)."""
+    again = not isinstance(error, ActcacheError) or isinstance(error, StoreError)
+    return not again and not (elsewhere and isinstance(error, InvalidInput))
 
 
 class Engine(Protocol):

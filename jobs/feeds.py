@@ -17,6 +17,7 @@ from actcache.schemas.grid import Grid
 from actcache.schemas.plan import BatchRule
 
 ReadTokens = Callable[[int, int], np.ndarray]
+"""Gives the ids (n,) of the tokens [start, stop)."""
 
 
 class Feed(Protocol):
@@ -35,8 +36,20 @@ class Feed(Protocol):
         ...
 
 
+def feed_of(grid: Grid, inputs: Items | ReadTokens, sequence_start: np.ndarray, device: torch.device) -> Feed:
+    """What makes batches of a plan's inputs; `sequence_start` (n_sequences + 1), int64, are the sequences of tokens."""
+    if isinstance(inputs, Items):
+        return ItemFeed(inputs, grid, device)
+    return TokenFeed(grid.plan.batches, sequence_start, inputs, device)
+
+
+def token_ids(store: Store, grid: Grid) -> ReadTokens:
+    """The tokens of a dataset."""
+    return ArrayReader(store, grid.token_arrays()["token_id"]).read
+
+
 class TokenFeed:
-    """Tokens: `read(start, stop)` gives their ids (n,), and `sequence_start` (n_sequences + 1), int64, their sequences."""
+    """Tokens, and `sequence_start` (n_sequences + 1), int64, their sequences."""
 
     def __init__(self, rule: BatchRule, sequence_start: np.ndarray, read: ReadTokens, device: torch.device) -> None:
         self._rule = rule
@@ -47,8 +60,7 @@ class TokenFeed:
     @classmethod
     def stored(cls, store: Store, grid: Grid, sequence_start: np.ndarray, device: torch.device) -> TokenFeed:
         """The tokens of a dataset."""
-        reader = ArrayReader(store, grid.token_arrays()["token_id"])
-        return cls(grid.plan.batches, sequence_start, reader.read, device)
+        return cls(grid.plan.batches, sequence_start, token_ids(store, grid), device)
 
     def batches(self, start: int, stop: int) -> list[Batch]:
         """The batches of the tokens [start, stop), with their tokens."""

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from actcache.cache.store import Store
-from actcache.jobs.batches import TokenBatch
+from actcache.jobs.batches import Batch, TokenBatch
 from actcache.jobs.compiled import compile_proven
-from actcache.jobs.feeds import Feed, ItemFeed, TokenFeed
+from actcache.jobs.feeds import Feed, ReadTokens, token_ids
+from actcache.jobs.items import Items
 from actcache.jobs.model import load_model
 from actcache.jobs.parts import ModelParts
 from actcache.jobs.proof import prove, prove_sites
 from actcache.jobs.resolve import Chosen
 from actcache.schemas.grid import Grid
 from actcache.schemas.sites import MODULE
+from actcache.schemas.spec import ResolvedSpec
 
 PROVED_ALONE = 3
 
@@ -32,12 +32,10 @@ def loaded_parts(chosen: Chosen) -> ModelParts:
     return ModelParts(model, chosen.studied.anatomy)
 
 
-def feed_of(store: Store, grid: Grid, chosen: Chosen, sequence_start: np.ndarray, parts: ModelParts) -> Feed:
-    """Where the inputs of a plan come from: the stored tokens, or the items of a user's own module."""
+def inputs_of(store: Store, grid: Grid, chosen: Chosen) -> Items | ReadTokens:
+    """The inputs of a plan: the stored tokens, or the items of a user's own module."""
     items = chosen.source.items()
-    if items is not None:
-        return ItemFeed(items, grid, parts.device)
-    return TokenFeed.stored(store, grid, sequence_start, parts.device)
+    return token_ids(store, grid) if items is None else items
 
 
 def make_ready(grid: Grid, parts: ModelParts, feed: Feed) -> dict[str, float]:
@@ -49,18 +47,18 @@ def make_ready(grid: Grid, parts: ModelParts, feed: Feed) -> dict[str, float]:
         ProofFailed: one does not hold.
         Unsupported: the blocks cannot be compiled.
     """
-    errors = _proof(grid, parts, feed)
-    if grid.plan.spec.execution.compile:
-        inputs = feed.inputs(feed.batches(*grid.block_range(0))[0])
-        errors["compiled"] = compile_proven(parts, grid.plan.spec.sites, inputs, grid.plan.spec.execution.compute_dtype)
+    spec, first = grid.plan.spec, feed.batches(*grid.block_range(0))[0]
+    errors = _proof(spec, parts, feed, first)
+    if spec.execution.compile:
+        errors["compiled"] = compile_proven(parts, spec.sites, feed.inputs(first), spec.execution.compute_dtype)
     return errors
 
 
-def _proof(grid: Grid, parts: ModelParts, feed: Feed) -> dict[str, float]:
+def _proof(spec: ResolvedSpec, parts: ModelParts, feed: Feed, first: Batch) -> dict[str, float]:
     """The errors of the identities that the first batch must satisfy."""
-    first, dtype = feed.batches(*grid.block_range(0))[0], grid.plan.spec.execution.compute_dtype
+    dtype = spec.execution.compute_dtype
     if isinstance(first, TokenBatch) and parts.anatomy.head:
-        modules = [site for site in grid.plan.spec.sites if site.startswith(MODULE)]
+        modules = [site for site in spec.sites if site.startswith(MODULE)]
         return prove(parts, first.input_ids, first.attention_mask, dtype, modules)
     alone = [feed.alone(sequence) for sequence in first.sequences[:PROVED_ALONE].tolist()]
-    return prove_sites(parts, grid.plan.spec.sites, feed.inputs(first), alone, dtype)
+    return prove_sites(parts, spec.sites, feed.inputs(first), alone, dtype)

@@ -6,7 +6,7 @@ from collections import Counter, deque
 from dataclasses import replace
 
 from actcache.cache.store import Store
-from actcache.jobs.engine import Engine, Event, Failed, Ticked
+from actcache.jobs.engine import Engine, Event, Failed, Ticked, is_final
 from actcache.jobs.progress import Progress, Reporter
 from actcache.jobs.stages import Usage
 from actcache.jobs.worker import Done
@@ -103,14 +103,14 @@ class PendingBlocks:
             worker=done.worker,
             found=done.found,
             seconds=round(done.usage.seconds, 3),
-            busy={stage: round(share, 3) for stage, share in done.usage.shares.items()},
+            busy=done.usage.told,
         )
 
     def _failed(self, failed: Failed, engine: Engine) -> None:
         error = failed.error
         self._attempts[failed.block] += failed.attempts
         self.state = replace(self.state, failed=self.state.failed + 1)
-        again = not failed.is_final and self._attempts[failed.block] <= engine.retries
+        again = not is_final(error, failed.elsewhere) and self._attempts[failed.block] <= engine.retries
         told = " ".join(f"{type(error).__name__}: {error}".split())
         self._reporter.event("failed", block=failed.block, error=told, again=again)
         if not again:

@@ -76,9 +76,9 @@ def plan(
 def _of_stored(store: Store, resolved: Resolved, tokens: TokensRecord) -> tuple[Grid, Counted, Sample]:
     grid = Grid.of(resolved.plan, tokens)
     starts = ArrayReader(store, grid.token_arrays()["sequence_start"]).read()
-    read = None if isinstance(resolved.corpus, Items) else ArrayReader(store, grid.token_arrays()["token_id"]).read
+    inputs = torch_half("loaded").inputs_of(store, grid, resolved)
     sizes = tuple(file.size for file in files_among(tokens.objects))
-    return grid, counted(starts, sizes), _sampled(resolved, grid, starts, read)
+    return grid, counted(starts, sizes), _sampled(resolved, grid, starts, inputs)
 
 
 def _of_items(resolved: Resolved, items: Items) -> tuple[Grid, Counted, Sample]:
@@ -86,7 +86,7 @@ def _of_items(resolved: Resolved, items: Items) -> tuple[Grid, Counted, Sample]:
     grid = Grid(resolved.plan, count * items.positions, count, count)
     starts = np.arange(count + 1) * items.positions
     known = Counted(np.full(count, items.positions), True, "counted: the module's own inputs")
-    return grid, known, _sampled(resolved, grid, starts, None)
+    return grid, known, _sampled(resolved, grid, starts, items)
 
 
 def _of_corpus(resolved: Resolved, corpus: Corpus) -> tuple[Grid, Counted, Sample]:
@@ -105,10 +105,10 @@ def _of_corpus(resolved: Resolved, corpus: Corpus) -> tuple[Grid, Counted, Sampl
 
 
 def _sampled(
-    resolved: Resolved, grid: Grid, starts: np.ndarray, read: Callable[[int, int], np.ndarray] | None
+    resolved: Resolved, grid: Grid, starts: np.ndarray, inputs: Items | Callable[[int, int], np.ndarray]
 ) -> Sample:
     """What a batch of full size of the first sequences takes here."""
     sampling = torch_half("sampling")
     small, some = sampling.first_sequences(grid, starts, batch_positions(resolved.plan))
-    found: Sample = sampling.sample_here(resolved, small, some, read)
+    found: Sample = sampling.sample_here(resolved, small, some, inputs)
     return found

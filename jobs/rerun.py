@@ -21,9 +21,9 @@ from actcache.jobs.capture import read_sites
 from actcache.jobs.compiled import compile_blocks
 from actcache.jobs.determinism import deterministic
 from actcache.jobs.environment import device_name
-from actcache.jobs.feeds import Feed
+from actcache.jobs.feeds import Feed, feed_of
 from actcache.jobs.head import to_numpy
-from actcache.jobs.loaded import feed_of, loaded_parts
+from actcache.jobs.loaded import inputs_of, loaded_parts
 from actcache.jobs.parts import ModelParts
 from actcache.jobs.proof import largest, relative_error
 from actcache.jobs.replay import Form, forms_of, limit_of, receipts_of_tokens, wide
@@ -54,7 +54,7 @@ def rerun(store: Store, root: SealedRoot, count: int, model: str | Path | Captur
         grid = Grid.of(plan, tokens, number)
         chosen = _chosen(store, plan, source, loaded)
         parts = ModelParts(chosen.studied.model, chosen.studied.anatomy)
-        feed = feed_of(store, grid, chosen, sequence_start, parts)
+        feed = feed_of(grid, inputs_of(store, grid, chosen), sequence_start, parts.device)
         _Comparison(store, grid, parts, feed, sequence_start).compare(drawn, found.arrays)
         found.differs |= _differences(generation, parts)
     return found

@@ -13,7 +13,7 @@ import distributed
 import torch
 from distributed.diagnostics.plugin import WorkerPlugin
 
-from actcache.jobs.engine import Failed
+from actcache.jobs.engine import is_final
 from actcache.jobs.forecast import Sample
 from actcache.jobs.memory_plan import BLOCKS_AT_ONCE
 from actcache.jobs.worker import Done, Job, Stopped, Worker
@@ -22,6 +22,7 @@ from actcache.schemas.root import ReplayResult
 
 T = TypeVar("T")
 FULL_SECONDS = 1.0
+RESTING_SECONDS = 1.0
 MOST_REST_SECONDS = 30.0
 
 
@@ -37,6 +38,7 @@ class Residence(WorkerPlugin):  # type: ignore[misc]  # distributed has no types
         self._opening: Lock | None = None
         self._ended = False
         self._failures = 0
+        self._rests_until = 0.0
         self._cores = 1
 
     def setup(self, worker: Any) -> None:
@@ -73,10 +75,15 @@ class Residence(WorkerPlugin):  # type: ignore[misc]  # distributed has no types
         worker.prepare()
         return worker
 
-    def rest(self) -> None:
-        """Wait after a failure, longer each time, so that a worker that fails at once does not take every block."""
+    def failed(self) -> None:
+        """Begin nothing for a while, longer each time, so that a worker that fails at once does not take every block."""
         self._failures += 1
-        time.sleep(min(2.0 ** (self._failures - 1), MOST_REST_SECONDS))
+        self._rests_until = time.monotonic() + min(2.0 ** (self._failures - 1), MOST_REST_SECONDS)
+
+    @property
+    def rests(self) -> float:
+        """For how many seconds nothing is to be begun here."""
+        return max(0.0, self._rests_until - time.monotonic())
 
     def well(self) -> None:
         """A block was stored here."""
@@ -97,13 +104,15 @@ class Broken:
     address: str
     opening: bool
 
-    @property
-    def is_final(self) -> bool:
-        """Whether trying again, elsewhere, is of no use."""
-        return Failed(-1, self.error, self.opening).is_final
+
+@dataclass(frozen=True)
+class Resting:
+    """Nothing was begun, since something failed on this worker a moment ago. The scheduler would only give it back to it."""
+
+    address: str
 
 
-def perform(name: str, block: int) -> Done | Broken:
+def perform(name: str, block: int) -> Done | Broken | Resting:
     """Run a block here."""
     return _on_worker(name, lambda worker: _perform_if_free(worker, block))
 
@@ -115,20 +124,23 @@ def _perform_if_free(worker: Worker, block: int) -> Done:
     return worker.perform(block)
 
 
-def replay(name: str) -> ReplayResult | Broken:
+def replay(name: str) -> ReplayResult | Broken | Resting:
     """Replay a few stored sequences here."""
     return _on_worker(name, lambda worker: worker.replay())
 
 
-def sample(name: str, limit: int) -> Sample | Broken:
+def sample(name: str, limit: int) -> Sample | Broken | Resting:
     """Run about so many tokens here, and tell what that took."""
     return _on_worker(name, lambda worker: worker.sample(limit))
 
 
-def _on_worker(name: str, work: Callable[[Worker], T]) -> T | Broken:
+def _on_worker(name: str, work: Callable[[Worker], T]) -> T | Broken | Resting:
     """Have work done by what runs blocks here; what fails comes back as a value, since Dask would not say where it did."""
     here, opened = distributed.get_worker(), False
     residence: Residence = here.plugins[name]
+    if residence.rests:
+        time.sleep(min(residence.rests, RESTING_SECONDS))
+        return Resting(here.address)
     try:
         worker = residence.worker()
         opened = True
@@ -136,7 +148,8 @@ def _on_worker(name: str, work: Callable[[Worker], T]) -> T | Broken:
     except (Stopped, distributed.Reschedule):
         raise
     except Exception as error:
-        residence.rest()
+        if not is_final(error, not opened):
+            residence.failed()
         return Broken(error, here.address, not opened)
     residence.well()
     return done

@@ -14,15 +14,17 @@ from actcache.cache.seal import head_layout
 from actcache.cache.store import open_store
 from actcache.jobs.batches import Batch
 from actcache.jobs.blocks import BlockRunner
-from actcache.jobs.capture import run
+from actcache.jobs.capture import keep_nothing, run
 from actcache.jobs.determinism import deterministic
 from actcache.jobs.environment import device_name
-from actcache.jobs.feeds import Feed, ItemFeed, ReadTokens, TokenFeed
+from actcache.jobs.feeds import Feed, ReadTokens, feed_of
 from actcache.jobs.forecast import Sample
 from actcache.jobs.head import head_parts
+from actcache.jobs.items import Items
 from actcache.jobs.loaded import loaded_parts, make_ready
 from actcache.jobs.memory_plan import batch_positions, staging_bytes
 from actcache.jobs.parts import ModelParts
+from actcache.jobs.progress import untold
 from actcache.jobs.resident import Peak, resident_bytes
 from actcache.jobs.resolve import Chosen
 from actcache.jobs.stages import Meter
@@ -40,7 +42,7 @@ def first_sequences(grid: Grid, sequence_start: np.ndarray, limit: int) -> tuple
     return replace(grid, n_tokens=int(starts[-1]), n_sequences=count), starts
 
 
-def sample_here(chosen: Chosen, grid: Grid, sequence_start: np.ndarray, read: ReadTokens | None) -> Sample:
+def sample_here(chosen: Chosen, grid: Grid, sequence_start: np.ndarray, inputs: Items | ReadTokens) -> Sample:
     """Load a plan's model in this process, prove it, and run the sequences of a small grid.
 
     Raises:
@@ -48,12 +50,7 @@ def sample_here(chosen: Chosen, grid: Grid, sequence_start: np.ndarray, read: Re
     """
     with deterministic():
         parts = loaded_parts(chosen)
-        items = chosen.source.items()
-        if items is not None or read is None:
-            assert items is not None
-            feed: Feed = ItemFeed(items, grid, parts.device)
-        else:
-            feed = TokenFeed(grid.plan.batches, sequence_start, read, parts.device)
+        feed = feed_of(grid, inputs, sequence_start, parts.device)
         peak = Peak(parts.device)
         make_ready(grid, parts, feed)
         return sample(grid, parts, feed, available_cores(), peak.taken())
@@ -70,13 +67,13 @@ def sample(grid: Grid, parts: ModelParts, feed: Feed, threads: int, proof_bytes:
     batches = feed.batches(start, stop)
     largest = max(batches, key=lambda batch: batch.keep.numel())
     peak = Peak(parts.device)
-    run(parts, feed.inputs(largest), spec.sites, _nothing, whole=bool(spec.outputs))
+    run(parts, feed.inputs(largest), spec.sites, keep_nothing, whole=bool(spec.outputs))
     taken = peak.taken()
     meter = Meter(encode=threads)
     with ThreadPoolExecutor(threads, "actcache-encode") as pool:
         runner = BlockRunner(open_store(NOWHERE), grid, parts, feed, pool, Staging(staging_bytes(grid)), meter)
         began = time.perf_counter()
-        computed = runner.compute(0, batches, _untold)
+        computed = runner.compute(0, batches, untold)
         peak.wait()
         sizes = runner.sizes(computed)
         seconds = time.perf_counter() - began
@@ -110,11 +107,3 @@ def _scaled(taken: int, largest: Batch, grid: Grid) -> int:
 def _model_bytes(parts: ModelParts) -> int:
     tensors = {tensor.data_ptr(): tensor.nbytes for tensor in (*parts.model.parameters(), *parts.model.buffers())}
     return sum(tensors.values())
-
-
-def _nothing(site: str, tensor: torch.Tensor) -> None:
-    """Keep nothing of a site."""
-
-
-def _untold(tokens: int) -> None:
-    """Tell nobody."""

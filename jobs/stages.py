@@ -40,6 +40,11 @@ class Usage:
         return {stage: min(1.0, self.busy.get(stage, 0.0) / self.seconds) if self.seconds else 0.0 for stage in STAGES}
 
     @property
+    def told(self) -> dict[Stage, float]:
+        """The shares as a log tells them, to three digits."""
+        return {stage: round(share, 3) for stage, share in self.shares.items()}
+
+    @property
     def limit(self) -> Stage | None:
         """The busiest stage: what more of would make the build faster. None before anything ran."""
         shares = self.shares

@@ -14,6 +14,7 @@ from actcache.jobs.axis import Axis
 from actcache.jobs.corpora.corpus import Corpus
 from actcache.jobs.corpora.measured import AFTER, BEFORE, ROW, SIZE, SOURCE, MeasuredCorpus
 from actcache.jobs.encode import PIECE
+from actcache.jobs.progress import untold
 from actcache.jobs.special_ids import special_ids
 from actcache.jobs.spool import Spool
 from actcache.jobs.tokenise import gather, wanted_of
@@ -78,7 +79,7 @@ def estimate_tokens(plan: Plan, corpus: Corpus, tokenizer: Any, most_tokens: int
         measured = None if wanted_whole else MeasuredCorpus.of(corpus, noted, spread)
         if measured is not None:
             head = _head(plan, most_tokens, ranked)
-            axis = gather(head, measured, tokenizer, spools, _untold).axis
+            axis = gather(head, measured, tokenizer, spools, untold).axis
             if axis.arranged.n_tokens == most_tokens:
                 found = _Head(measured, axis, tokenizer, _rules(head, corpus, tokenizer))
                 part = found.part()
@@ -87,7 +88,7 @@ def estimate_tokens(plan: Plan, corpus: Corpus, tokenizer: Any, most_tokens: int
                 return _extrapolated(plan, found, part)
             if not ranked and not spread:
                 return _counted(plan, axis, most_tokens, "all that the build will read was tokenised")
-        axis = gather(plan, corpus, tokenizer, spools, _untold).axis
+        axis = gather(plan, corpus, tokenizer, spools, untold).axis
         what = "all that the build will read was tokenised"
         what += "" if wanted_whole or measured is not None else ", since nobody says how large the corpus is"
         return _counted(plan, axis, most_tokens, what)
@@ -104,10 +105,6 @@ def _head(plan: Plan, most_tokens: int, ranked: bool) -> Plan:
 
 def _rules(plan: Plan, corpus: Corpus, tokenizer: Any) -> Rules:
     return wanted_of(plan, special_ids(plan.spec, corpus, tokenizer)).rules
-
-
-def _untold(tokens: int) -> None:
-    """Nobody watches."""
 
 
 def _counted(plan: Plan, axis: Axis, most_tokens: int, basis: str) -> TokenEstimate:

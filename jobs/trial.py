@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from actcache.jobs.capture import run
+from actcache.jobs.capture import keep_nothing, run
 from actcache.jobs.determinism import deterministic
 from actcache.jobs.inputs import TokenInputs
 from actcache.jobs.parts import ModelParts
@@ -74,7 +74,7 @@ def _try(parts: ModelParts, sites: tuple[str, ...], count: int, length: int) -> 
     try:
         for _ in range(ROUNDS):
             began = time.perf_counter()
-            run(parts, inputs, sites, _nothing)
+            run(parts, inputs, sites, keep_nothing)
             peak.wait()
             best = min(best, time.perf_counter() - began)
     except (torch.OutOfMemoryError, MemoryError):
@@ -84,7 +84,3 @@ def _try(parts: ModelParts, sites: tuple[str, ...], count: int, length: int) -> 
             raise
         return None
     return Trial(count * length, count * length / best, peak.taken())
-
-
-def _nothing(site: str, tensor: torch.Tensor) -> None:
-    """Keep nothing of a site."""

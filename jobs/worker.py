@@ -13,6 +13,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from threading import BoundedSemaphore, Event, Lock
 
+import numpy as np
+
 from actcache.cache.cores import available_cores
 from actcache.cache.location import Location
 from actcache.cache.publish import publish, publish_array, publish_document
@@ -24,12 +26,14 @@ from actcache.jobs.anatomy import Studied
 from actcache.jobs.blocks import BlockRunner
 from actcache.jobs.determinism import deterministic
 from actcache.jobs.environment import environment
-from actcache.jobs.feeds import Feed
+from actcache.jobs.feeds import Feed, ReadTokens, feed_of
 from actcache.jobs.forecast import Sample
 from actcache.jobs.head import head_parts
-from actcache.jobs.loaded import feed_of, loaded_parts, make_ready
+from actcache.jobs.items import Items
+from actcache.jobs.loaded import inputs_of, loaded_parts, make_ready
 from actcache.jobs.memory_plan import BLOCKS_AT_ONCE, staging_bytes
 from actcache.jobs.parts import ModelParts
+from actcache.jobs.progress import untold
 from actcache.jobs.replay import replay
 from actcache.jobs.resident import Peak
 from actcache.jobs.resolve import Chosen
@@ -111,7 +115,7 @@ class Worker:
         self._slots.release()
         return False
 
-    def perform(self, block: int, tick: Callable[[int], None] = lambda _: None) -> Done:
+    def perform(self, block: int, tick: Callable[[int], None] = untold) -> Done:
         """Run and store a block, or find it stored. `tick` is called with the tokens of each batch that was run.
 
         Raises:
@@ -154,16 +158,14 @@ class Worker:
             ProofFailed: what is stored differs.
         """
         inside = self._open()
-        starts = ArrayReader(self._store, self._grid.token_arrays()["sequence_start"]).read()
-        arguments = (self._store, self._grid, inside.parts, inside.feed, starts)
+        arguments = (self._store, self._grid, inside.parts, inside.feed, inside.sequence_start)
         return inside.model_thread.submit(replay, *arguments).result()
 
     def sample(self, limit: int) -> Sample:
         """What running about so many of the first tokens takes and gives. Nothing of it is stored."""
         inside = self._open()
-        starts = ArrayReader(self._store, self._grid.token_arrays()["sequence_start"]).read()
-        grid, starts = first_sequences(self._grid, starts, limit)
-        feed = feed_of(self._store, grid, self._chosen, starts, inside.parts)
+        grid, starts = first_sequences(self._grid, inside.sequence_start, limit)
+        feed = feed_of(grid, inside.inputs, starts, inside.parts.device)
         return inside.model_thread.submit(sample, grid, inside.parts, feed, self._threads, inside.proof_bytes).result()
 
     def stop(self) -> None:
@@ -201,7 +203,8 @@ class Worker:
         store, grid = self._store, self._grid
         parts = loaded_parts(self._chosen)
         starts = ArrayReader(store, grid.token_arrays()["sequence_start"]).read()
-        feed = feed_of(store, grid, self._chosen, starts, parts)
+        inputs = inputs_of(store, grid, self._chosen)
+        feed = feed_of(grid, inputs, starts, parts.device)
         peak = Peak(parts.device)
         record = canonical(environment(parts, grid.plan.spec, make_ready(grid, parts, feed)))
         proof_bytes = peak.taken()
@@ -209,7 +212,7 @@ class Worker:
         _store_head(store, grid, parts, pool)
         meter = Meter(encode=self._threads)
         runner = BlockRunner(store, grid, parts, feed, pool, Staging(staging_bytes(grid)), meter)
-        return _Inside(parts, feed, runner, meter, model_thread, proof_bytes)
+        return _Inside(parts, inputs, starts, feed, runner, meter, model_thread, proof_bytes)
 
 
 @dataclass(frozen=True)
@@ -217,6 +220,8 @@ class _Inside:
     """What a worker has once its model is loaded."""
 
     parts: ModelParts
+    inputs: Items | ReadTokens
+    sequence_start: np.ndarray
     feed: Feed
     runner: BlockRunner
     meter: Meter

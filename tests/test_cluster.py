@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import signal
@@ -121,9 +122,15 @@ def test_killed_workers_cost_their_blocks_alone(many_blocks: ac.Spec, quiet: str
     assert len([1 for name, facts in watcher.events if name == "block" and facts["found"]]) <= 8, "little is run twice"
 
 
-def test_local_workers_that_are_killed_come_back(many_blocks: ac.Spec, quiet: str, tmp_path: Path):
-    watcher = Watcher(5, lambda watcher: [kill(pid) for pid in watcher.worker_pids()])
-    assert ac.build(many_blocks, tmp_path / "ds", workers=2, reporter=watcher).manifest == quiet
+@pytest.mark.parametrize("given_up", ["15 s", "100 ms"])
+def test_local_workers_that_are_killed_come_back(many_blocks: ac.Spec, quiet: str, tmp_path: Path, given_up: str):
+    """Also those that Dask gives up, since they were not back in time."""
+    import dask
+    import distributed  # noqa: F401  # what it has by default is set before anything is changed
+
+    watcher = Watcher(5, lambda _: [kill(child.pid) for child in multiprocessing.active_children()])
+    with dask.config.set({"distributed.deploy.lost-worker-timeout": given_up}):
+        assert ac.build(many_blocks, tmp_path / "ds", workers=2, reporter=watcher).manifest == quiet
 
 
 def test_a_killed_scheduler_ends_the_build_which_resumes(many_blocks: ac.Spec, quiet: str, tmp_path: Path):

@@ -118,7 +118,7 @@ class Logged:
             failed=state.failed,
             retried=state.retried,
             workers=state.workers,
-            busy={stage: round(share, 3) for stage, share in state.usage.shares.items()},
+            busy=state.usage.told,
             limit=state.usage.limit,
         )
 
