@@ -185,7 +185,8 @@ class ArrayReader(Rows):
         assert found.data is not None
         packed = found.data[span.offset - found.start : span.end - found.start]
         want, where = span.want, self._where(found.key)
-        if want.rows == slice(0, self.layout.chunk_rows) and out.dtype == self.dtype and out.flags.c_contiguous:
+        whole_chunk = isinstance(want.rows, slice) and want.rows == slice(0, self.layout.chunk_rows)
+        if whole_chunk and out.dtype == self.dtype and out.flags.c_contiguous:
             decode_chunk(self.layout, packed, out[want.at], where)
             return
         whole = getattr(self._own, "chunk", None)
