@@ -18,7 +18,22 @@ from pathlib import Path
 from benchmarks.material import THREADS, Material
 from benchmarks.ratio import Result
 
-NAMES = ("build", "engine", "tokenise", "writer", "quantise", "s3_upload", "read", "chunks", "start", "peers")
+NAMES = (
+    "build",
+    "engine",
+    "tokenise",
+    "writer",
+    "quantise",
+    "s3_upload",
+    "read",
+    "read_s3",
+    "read_random",
+    "read_amplification",
+    "read_lazy",
+    "chunks",
+    "start",
+    "peers",
+)
 ON_REQUEST = ("peers",)
 BY_DEFAULT = tuple(name for name in NAMES if name not in ON_REQUEST)
 NAMES_HELP = (
