@@ -84,6 +84,11 @@ def copy(folder: Path, store: Store, keys: list[str]) -> int:
     return size
 
 
+def stored_bytes(folder: Path, array: ArrayLayout) -> int:
+    """Bytes of all shards of an array of a dataset in a folder."""
+    return sum((folder / key).stat().st_size for key in array.shard_keys())
+
+
 def layout_of(folder: Path, name: str) -> ArrayLayout:
     """The layout of an array of a dataset in a folder."""
     return ArrayLayout.parse(
