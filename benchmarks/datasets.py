@@ -22,7 +22,7 @@ STORED = SITES[0]
 """The site that a wide dataset has shards of; the folders of its other sites lead to them."""
 GONE = ("head", "statistics")
 LARGE_TOKENS = 1_000_000_000
-LARGE_LAYERS, LARGE_WIDTH = 32, 4096
+LARGE_LAYERS = 32
 
 
 def wide(material: Material, dtype: str, chunk_bytes: int | None = None) -> Path:
@@ -58,19 +58,19 @@ def wide(material: Material, dtype: str, chunk_bytes: int | None = None) -> Path
     return folder
 
 
-def large(material: Material) -> Path:
-    """The root of a dataset of a billion tokens and 33 sites 4,096 wide, bfloat16. It has no shards."""
-    folder = material.folder / "large"
+def large(material: Material, width: int) -> Path:
+    """The root of a dataset of a billion tokens and 33 sites, bfloat16. It has no shards."""
+    folder = material.folder / f"large-{width}"
     if folder.is_dir():
         return folder
     root = json.loads((material.sealed / ROOT_KEY).read_bytes())
-    chunk, shard = default_cut(LARGE_WIDTH, "bfloat16")
+    chunk, shard = default_cut(width, "bfloat16")
     arrays = {
-        site: ArrayLayout(site, (LARGE_TOKENS, LARGE_WIDTH), "bfloat16", shard, chunk, ("token", "d_model"))
+        site: ArrayLayout(site, (LARGE_TOKENS, width), "bfloat16", shard, chunk, ("token", "d_model"))
         for site in residual_stream(LARGE_LAYERS)
     }
     folder.mkdir()
-    _write_root(folder, root, LARGE_TOKENS, LARGE_WIDTH, arrays)
+    _write_root(folder, root, LARGE_TOKENS, width, arrays)
     return folder
 
 
