@@ -10,6 +10,21 @@ from actcache.schemas.errors import InvalidInput
 
 
 @dataclass(frozen=True)
+class LocalCache:
+    """Where what is read of a remote dataset is kept, and how much at most.
+
+    Attributes:
+        folder: an absolute path, on whatever machine reads.
+        limit: bytes that the folder may hold.
+        manifests: keys of the manifests of the root that the dataset was opened with; None before that.
+    """
+
+    folder: str
+    limit: int
+    manifests: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
 class Location:
     """A URL and the public part of how to reach it. Credentials are found anew in each process."""
 
@@ -19,6 +34,7 @@ class Location:
     endpoint_url: str | None = None
     profile: str | None = None
     anonymous: bool = False
+    cache: LocalCache | None = None
 
     @classmethod
     def of(

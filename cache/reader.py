@@ -127,8 +127,9 @@ class ArrayReader(Rows):
 
     def _first_bytes(self, shard: int, wants: list[Want]) -> int:
         """Bytes that opening a shard fetches at most."""
-        whole = self.store.part_bytes if self._is_whole(shard, wants) else None
-        return max(self.layout.index_bytes, whole or 0)
+        if not self._is_whole(shard, wants):
+            return self.layout.index_bytes
+        return max(self.layout.index_bytes, self.store.part_bytes or self.layout.shard_rows * self.layout.row_bytes)
 
     def _open(self, shard: int, wants: list[Want]) -> list[Range]:
         """The ranges of a shard that have what is wanted. Where most of it is, those come with bytes that had to be read for the index."""
@@ -185,8 +186,8 @@ class ArrayReader(Rows):
         assert found.data is not None
         packed = found.data[span.offset - found.start : span.end - found.start]
         want, where = span.want, self._where(found.key)
-        whole_chunk = isinstance(want.rows, slice) and want.rows == slice(0, self.layout.chunk_rows)
-        if whole_chunk and out.dtype == self.dtype and out.flags.c_contiguous:
+        as_it_is = isinstance(want.rows, slice) and want.rows == slice(0, self.layout.chunk_rows)
+        if as_it_is and out.dtype == self.dtype and out.flags.c_contiguous:
             decode_chunk(self.layout, packed, out[want.at], where)
             return
         whole = getattr(self._own, "chunk", None)

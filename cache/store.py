@@ -128,10 +128,13 @@ def open_store(
 ) -> Store:
     """The store at a URL: a local path, `s3://`, `http(s)://` (read-only) or `memory://` (this process alone).
 
+    That of a remote location with a local cache reads through it.
+
     Raises:
         InvalidInput: a URL of another kind.
         StoreError: no credentials.
     """
+    from actcache.cache.local_cache import CachedStore
     from actcache.cache.local_store import LocalStore
     from actcache.cache.remote_store import HttpStore, MemoryStore, S3Store
 
@@ -143,4 +146,5 @@ def open_store(
         "https": HttpStore,
         "memory": MemoryStore,
     }
-    return kinds[location.scheme](location)
+    store = kinds[location.scheme](location)
+    return store if location.cache is None or location.scheme == "file" else CachedStore(store, location.cache)

@@ -1,12 +1,12 @@
-"""A view in the hands of other libraries: zarr-python, xarray, torch."""
+"""A view in the hands of other libraries: zarr-python, xarray."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import ml_dtypes
 import numpy as np
 
+from actcache.cache.local_cache import CachedStore
 from actcache.cache.local_store import LocalStore
 from actcache.cache.remote_store import RemoteStore
 from actcache.cache.store import Store
@@ -16,7 +16,6 @@ from actcache.schemas.errors import Unsupported
 from actcache.schemas.grid import TOKEN_DTYPES
 
 if TYPE_CHECKING:
-    import torch
     import xarray
     import zarr
 
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def zarr_group(store: Store) -> zarr.Group:
-    """A dataset as a zarr-python group, read-only, over the same connection.
+    """A dataset as a zarr-python group, read-only, over the same connection, and past a local cache.
 
     Raises:
         Unsupported: the store has no zarr-python counterpart.
@@ -33,6 +32,8 @@ def zarr_group(store: Store) -> zarr.Group:
     from zarr.storage import LocalStore as ZarrLocalStore
     from zarr.storage import ObjectStore
 
+    if isinstance(store, CachedStore):
+        store = store.remote
     if isinstance(store, LocalStore):
         return zarr.open_group(ZarrLocalStore(store.root, read_only=True), mode="r")
     if isinstance(store, RemoteStore):
@@ -45,11 +46,11 @@ def to_xarray(view: View) -> xarray.Dataset:
     import dask.array as da
     import xarray
 
-    arrays: dict[str, Any] = {name: (("token",), view[name]) for name in view.fields}
-    coordinates: dict[str, Any] = {name: array for name, array in arrays.items() if name in TOKEN_DTYPES}
+    names = [name for name in view.fields if name in TOKEN_DTYPES]
+    coordinates: dict[str, Any] = {name: xarray.Variable(("token",), _unread(view, name)) for name in names}
     if not (isinstance(view.index, Span) and view.index.start == 0):
         coordinates["token"] = (("token",), view.index.tokens(0, view.n_tokens))
-    variables: dict[str, Any] = {name: array for name, array in arrays.items() if name not in coordinates}
+    variables: dict[str, Any] = {name: (("token",), view[name]) for name in view.fields if name not in names}
     for site in view.sites:
         source = view.source(site)
         variables[site] = (source.axes, view.site(site))
@@ -64,10 +65,18 @@ def to_xarray(view: View) -> xarray.Dataset:
     return xarray.Dataset(variables, coordinates, {"url": view.url})
 
 
-def tensor(rows: np.ndarray) -> torch.Tensor:
-    """An array as a tensor of the same memory; bfloat16, which torch does not take from numpy, by its bits."""
-    import torch
+def _unread(view: View, name: str) -> Any:
+    """A field as an array that xarray reads when it first looks at it, as it reads those of a file: then it is numpy's."""
+    from xarray.backends import BackendArray
+    from xarray.core import indexing
 
-    if rows.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(rows.view(np.uint16)).view(torch.bfloat16)
-    return torch.from_numpy(rows)
+    class Field(BackendArray):
+        shape = (view.n_tokens,)
+        dtype = view.source(name).dtype
+
+        def __getitem__(self, key: Any) -> np.ndarray:
+            support = indexing.IndexingSupport.OUTER_1VECTOR
+            found = indexing.explicit_indexing_adapter(key, self.shape, support, lambda rows: view.tokens[name][rows])
+            return np.asarray(found)
+
+    return indexing.LazilyIndexedArray(Field())

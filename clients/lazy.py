@@ -44,17 +44,11 @@ class LazyRows:
             wanted = np.asarray(rows)
             wanted = np.flatnonzero(wanted) if wanted.dtype == bool else wanted
             wanted = np.where(wanted < 0, wanted + self.shape[0], wanted)
-            found = self._take(wanted)
+            found = self.source.open().take(self.index.at(wanted), self.dtype)
         return found[(slice(None), *rest)]
 
     def _read(self, low: int, high: int) -> np.ndarray:
         return read(self.source, self.index, low, high, self.dtype)
-
-    def _take(self, positions: np.ndarray) -> np.ndarray:
-        if not len(positions):
-            return np.empty((0, *self.shape[1:]), self.dtype)
-        low, high = int(positions.min()), int(positions.max()) + 1
-        return self.source.open().take(self.index.tokens(low, high)[positions - low], self.dtype)
 
     def __dask_tokenize__(self) -> tuple[object, ...]:
         whole = isinstance(self.index, Span) and len(self.index) == self.source.shape[0]

@@ -29,6 +29,10 @@ class TokenIndex(ABC):
         """The tokens at positions [low, high), in the view's order."""
 
     @abstractmethod
+    def at(self, positions: np.ndarray) -> np.ndarray:
+        """The tokens at some positions, in any order, (n,)."""
+
+    @abstractmethod
     def within(self, start: int, stop: int) -> np.ndarray:
         """The view's tokens in [start, stop) of the token axis, ascending, as often as the view has them."""
 
@@ -60,6 +64,10 @@ class Span(TokenIndex):
     def tokens(self, low: int, high: int) -> np.ndarray:
         """See `TokenIndex`."""
         return np.arange(self.start + low, self.start + high)
+
+    def at(self, positions: np.ndarray) -> np.ndarray:
+        """See `TokenIndex`."""
+        return positions + self.start
 
     def within(self, start: int, stop: int) -> np.ndarray:
         """See `TokenIndex`."""
@@ -116,6 +124,16 @@ class Masked(TokenIndex):
         skipped = low - int(self._before[first])
         return found[skipped : skipped + high - low]
 
+    def at(self, positions: np.ndarray) -> np.ndarray:
+        """See `TokenIndex`."""
+        pages = np.searchsorted(self._before, positions, side="right") - 1
+        found = np.empty(len(positions), np.int64)
+        for page in np.unique(pages).tolist():
+            mine = np.flatnonzero(pages == page)
+            before = int(self._before[page])
+            found[mine] = self.tokens(before, int(self._before[page + 1]))[positions[mine] - before]
+        return found
+
     def within(self, start: int, stop: int) -> np.ndarray:
         """See `TokenIndex`."""
         first = start // 8
@@ -160,6 +178,10 @@ class Listed(TokenIndex):
     @cached_property
     def _sorted(self) -> np.ndarray:
         return np.sort(self._listed)
+
+    def at(self, positions: np.ndarray) -> np.ndarray:
+        """See `TokenIndex`."""
+        return np.asarray(self._listed[positions])
 
     def within(self, start: int, stop: int) -> np.ndarray:
         """See `TokenIndex`."""

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from actcache.clients.selection import Selectable, Selection
 from actcache.clients.sources import Source
 from actcache.clients.token_index import Span, TokenIndex
-from actcache.clients.view import Selection, View
 from actcache.schemas.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 SEARCHED_ROWS = 1 << 14
 
 
-class Whole(View):
+class Whole(Selectable):
     """All tokens of a dataset.
 
     Attributes:
@@ -94,7 +94,7 @@ class Whole(View):
         chosen = np.flatnonzero(lengths == length)
         if not len(chosen) or length < 1:
             raise InvalidInput(f"{self.url}: no sequence has {length} tokens; they have {lengths.min()} to {longest}")
-        view: View = self
+        view: Selectable = self
         if len(chosen) < len(lengths):
             start = self.sequence_start[chosen]
             keep = np.zeros(self._n_tokens, bool)
