@@ -30,6 +30,7 @@ NAMES = (
     "read_random",
     "read_amplification",
     "read_lazy",
+    "read_loader",
     "chunks",
     "start",
     "peers",

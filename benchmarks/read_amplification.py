@@ -60,7 +60,12 @@ def _all_asked() -> Mapping[str, tuple[Asked, int]]:
         "where(position__gt=0)": (lambda ds, _: _read(ds.where(position__gt=0), 1), 1),
         "where(document=7)": (lambda ds, _: _read(ds.where(document=7), 1), 1),
         "where of 1 % of the tokens": (lambda ds, rng: _read(ds.where(rng.random(ds.n_tokens) < 0.01), 1), 1),
+        "shuffled batches": (_epoch, 1),
     }
+
+
+def _epoch(ds: Dataset, _: np.random.Generator) -> int:
+    return sum(len(batch[STORED]) for batch in ds.batches(STORED, size=4096, shuffle=0, buffer=1 << 16))
 
 
 def _any(count: int, rng: np.random.Generator) -> int:
