@@ -31,6 +31,8 @@ NAMES = (
     "read_amplification",
     "read_lazy",
     "read_loader",
+    "loader",
+    "mixing",
     "chunks",
     "start",
     "peers",

@@ -21,7 +21,9 @@ MOST_TOKENS = 6_000_000
 def run(material: Material) -> Iterator[Result]:
     """The loader's order with several buffers, then a perfect one, whole rows, and a reservoir."""
     print(f"  {TOKENS:,} tokens in sequences of {SEQUENCE}, batches of {SIZE}, objects of {BLOCK:,}; companions are")
-    print("  the other tokens of its sequence that a token has in its batch; spread is χ² of tokens by object ÷ its degrees")
+    print(
+        "  the other tokens of its sequence that a token has in its batch; spread is χ² of tokens by object ÷ its degrees"
+    )
     rng = np.random.default_rng(0)
     for buffer in BUFFERS:
         yield _result(f"the loader, buffer {buffer:,}", order(TOKENS, buffer), expected(buffer))
@@ -34,9 +36,7 @@ def run(material: Material) -> Iterator[Result]:
 def order(tokens: int, buffer: int, block: int = BLOCK, most: int = MOST_TOKENS) -> np.ndarray:
     """The first tokens, `most` or somewhat more, that the loader gives out, in its order."""
     cuts = np.append(np.arange(0, tokens, block), tokens)
-    plan = Plan(
-        Span(0, tokens), cuts, size=SIZE, shuffle=0, epoch=0, buffer=buffer, share=Share(), drop_last=False
-    )
+    plan = Plan(Span(0, tokens), cuts, size=SIZE, shuffle=0, epoch=0, buffer=buffer, share=Share(), drop_last=False)
     found, count = [], 0
     for window in range(len(plan.windows) - 1):
         units = np.flatnonzero(plan.window_of == window).tolist()
@@ -48,8 +48,10 @@ def order(tokens: int, buffer: int, block: int = BLOCK, most: int = MOST_TOKENS)
 
 
 def expected(mixed: int, sequence: int = SEQUENCE, size: int = SIZE) -> float:
-    """Pairs of the same sequence in a batch that is drawn from `mixed` tokens of whole sequences: any two of them are of the
-    same one with probability (sequence - 1) / (mixed - 1)."""
+    """Pairs of the same sequence in a batch that is drawn from `mixed` tokens of whole sequences.
+
+    Any two of them are of the same one with probability (sequence - 1) / (mixed - 1).
+    """
     return size * (size - 1) / 2 * (sequence - 1) / (mixed - 1)
 
 

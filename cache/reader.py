@@ -112,7 +112,8 @@ class ArrayReader(Rows):
         for low, high in pairwise(edges):
             number = int(numbers[low])
             shard, chunk = divmod(number, self.layout.chunks_per_shard)
-            yield Want(shard, chunk, index[low:high] - number * self.layout.chunk_rows, at[low:high])
+            rows = index[low:high] - number * self.layout.chunk_rows
+            yield Want(shard, chunk, _run(rows), _run(at[low:high]))
 
     def _fill(self, out: np.ndarray, wants: Iterable[Want]) -> None:
         shards = ((shard, list(group)) for shard, group in groupby(wants, lambda want: want.shard))
@@ -186,8 +187,13 @@ class ArrayReader(Rows):
         assert found.data is not None
         packed = found.data[span.offset - found.start : span.end - found.start]
         want, where = span.want, self._where(found.key)
-        as_it_is = isinstance(want.rows, slice) and want.rows == slice(0, self.layout.chunk_rows)
-        if as_it_is and out.dtype == self.dtype and out.flags.c_contiguous:
+        is_run = isinstance(want.rows, slice) and isinstance(want.at, slice)
+        if (
+            is_run
+            and want.rows == slice(0, self.layout.chunk_rows)
+            and out.dtype == self.dtype
+            and out.flags.c_contiguous
+        ):
             decode_chunk(self.layout, packed, out[want.at], where)
             return
         whole = getattr(self._own, "chunk", None)
@@ -214,3 +220,9 @@ class ArrayReader(Rows):
 
     def _missing(self, key: str) -> Corrupt:
         return Corrupt(f"{self._where(key)}: the shard is missing; copy it again from where the dataset came")
+
+
+def _run(rows: np.ndarray) -> slice | np.ndarray:
+    """Rows one after the other as a slice, which numpy copies without a detour; others as they are."""
+    first, last = int(rows[0]), int(rows[-1])
+    return slice(first, last + 1) if last - first == len(rows) - 1 and (np.diff(rows) == 1).all() else rows

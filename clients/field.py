@@ -88,6 +88,8 @@ def fields_of(
         if normalise is not None:
             if name not in statistics:
                 raise InvalidInput(f"normalise={normalise!r}: {name} has no statistics")
+            if any(np.shape(each) != source.shape[1:] for each in statistics[name]):
+                raise InvalidInput(f"{name}: its statistics are of another shape than its rows, {source.shape[1:]}")
             normaliser = Normaliser.of(normalise, *statistics[name], name)
         fields.append(Field(name, source, source.dtype if dtype == "stored" else np.dtype(np.float32), normaliser))
     fields += [Field(name, source, source.dtype) for name, source in columns.items()]

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from actcache.cache.cores import available_cores
 from actcache.clients.buffered import PLACE_BYTES, READERS, Batch, Buffered, Memory, buffer_places
 from actcache.clients.field import fields_of
 from actcache.clients.normalise import How
@@ -20,6 +21,7 @@ from actcache.schemas.errors import InvalidInput
 STATE_VERSION = 1
 FETCHED_BYTES = 48 << 20
 """What reading one unit may have fetched, or mapped, and not yet decoded, besides one object."""
+CHUNK_BYTES = 1 << 20
 ONE_PROCESS = (0, 1)
 BUFFER = 1 << 20
 """Tokens of a window, unless asked otherwise."""
@@ -164,8 +166,8 @@ class Batches:
     def memory_bytes(self) -> int:
         """Bytes that iterating takes at most in this process, in addition to what the index takes.
 
-        The buffer, of a window and two reads, as stored; what is fetched and not yet decoded; the batches made ahead, that in use and one
-        that comes back.
+        The buffer, of a window and two reads, as stored; what is fetched and not yet decoded; a chunk of each array, taken to be 1 MiB,
+        for each thread that decodes; the batches made ahead, that in use and one that comes back.
         """
         places = buffer_places(self._plan)
         stored = [field.values * field.source.dtype.itemsize for field in self.fields]
@@ -174,7 +176,9 @@ class Batches:
             min(size * field.source.shape[0], size * max(field.source.chunks, default=0) + FETCHED_BYTES)
             for field, size in zip(self.fields, stored, strict=True)
         )
-        return places * (sum(stored) + PLACE_BYTES) + READERS * fetched + (max(1, self.prefetch) + 2) * self.size * made
+        decoded = (available_cores() + READERS) * sum(min(CHUNK_BYTES, size * self._cuts[-1]) for size in stored)
+        batches = (max(1, self.prefetch) + 2) * self.size * made
+        return int(places * (sum(stored) + PLACE_BYTES) + READERS * fetched + decoded + batches)
 
     def __repr__(self) -> str:
         order = "in order" if self.shuffle is None else f"shuffle={self.shuffle}, epoch {self.epoch}"

@@ -13,6 +13,7 @@ from hashlib import sha256
 import numpy as np
 
 from actcache.clients.token_index import TokenIndex
+from actcache.schemas.errors import InvalidInput
 
 PARTS = 16
 """A window holds at least so many parts of blocks, where there are as many: a block never fills a window alone."""
@@ -52,6 +53,9 @@ class Plan:
         windows: position splits of the windows, (window + 1,), int64; each has at most `buffer` tokens.
         units: position splits of what is read at once, (unit + 1,), int64; none crosses a window.
         window_of: the window of each unit, (unit,).
+
+    Raises:
+        InvalidInput: the index has tokens that are not between the first cut and the last.
     """
 
     def __init__(
@@ -76,7 +80,12 @@ class Plan:
             most = max(1, buffer // LISTED_PARTS)
             self._parts = np.append(np.arange(0, len(index), most), len(index))
         else:
-            self._parts = self._parts_of_blocks(index.counts(cuts), most)
+            counts = index.counts(cuts)
+            if int(counts.sum()) != len(index):
+                raise InvalidInput(
+                    f"{len(index) - int(counts.sum()):,} tokens of the view are not among the {int(cuts[-1]):,} that there are"
+                )
+            self._parts = self._parts_of_blocks(counts, most)
         inside = self._parts[(self._parts > self.start) & (self._parts < self.stop)]
         inside = np.concatenate([[self.start], inside, [self.stop]])
         least = max(1, most // TINY)

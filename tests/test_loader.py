@@ -16,7 +16,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import actcache as ac
@@ -132,6 +132,7 @@ def test_what_goes_on_from_a_state_is_what_would_have_come(given_index, argument
     assert same(list(again.iterate(*worker)), whole), "the next iteration is a whole epoch again"
 
 
+@settings(max_examples=12)
 @given(st.integers(0, 1 << 30), st.sampled_from([16, 100, 500]), st.sampled_from([None, 1]))
 def test_the_order_does_not_depend_on_threads(seed: int, buffer: int, shuffle: int | None):
     def batches(slow: bool) -> Kept:
@@ -282,8 +283,37 @@ def test_sources_that_do_not_go_together():
         Batches({}, Span(0, 9))
     with pytest.raises(ac.InvalidInput, match="no statistics"):
         Batches({"x": x}, Span(0, 9), normalise="center")
+    with pytest.raises(ac.InvalidInput, match="another shape"):
+        Batches({"x": x}, Span(0, 9), normalise="center", statistics={"x": (np.zeros(2), np.ones(2))})
     with pytest.raises(ac.InvalidInput, match="not finite"):
         Batches({"x": x}, Span(0, 9), normalise="center", statistics={"x": (np.array([np.nan]), np.ones(1))})
+
+
+def test_tokens_that_are_not_there():
+    for index in (Listed(np.array([3, 10])), Listed(np.array([-1, 3])), Span(5, 11)):
+        with pytest.raises(ac.InvalidInput, match="1 tokens of the view are not among the 10"):
+            list(make(10, index, 4, shuffle=0))
+    with pytest.raises(IndexError, match="10"):
+        list(make(10, Listed(np.array([3, 10])), 4))
+
+
+def test_a_dataset_of_nothing():
+    for shuffle in (None, 0):
+        batches = make(0, Span(0, 0), 10, shuffle=shuffle)
+        assert (len(batches), list(batches)) == (0, [])
+        assert batches.memory_bytes >= 0
+        batches.load_state_dict(batches.state_dict())
+        assert list(batches) == []
+
+
+def test_no_torch_is_needed():
+    script = (
+        "from tests.array_source import *; import sys; from actcache.clients.loader import Batches\n"
+        "from actcache.clients.token_index import Span; import actcache.clients.torch_dataset\n"
+        "list(Batches({'x': numbered(100, 2, (50, 50))}, Span(0, 100), 10, shuffle=0)); print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("False\n", "")
 
 
 def running() -> list[str]:
@@ -366,6 +396,21 @@ def test_a_window_mixes_many_blocks_even_where_one_would_fill_it():
     for window in range(3):
         units = np.flatnonzero(plan.window_of == window)
         assert len({int(plan.tokens(unit)[0]) // 100 for unit in units}) >= 10
+
+
+def test_batches_are_mixed_as_well_as_their_window_allows():
+    from benchmarks.mixing import expected, order, pairs, spread
+
+    tokens, sequence, size, buffer, block = 400_000, 64, 512, 40_000, 1000
+    found = order(tokens, buffer, block, tokens)
+    assert np.array_equal(np.sort(found), np.arange(tokens))
+    assert pairs(found, sequence, size) == pytest.approx(expected(buffer, sequence, size), rel=0.05)
+    perfect = np.random.default_rng(0).permutation(tokens)
+    assert pairs(perfect, sequence, size) == pytest.approx(expected(tokens, sequence, size), rel=0.05)
+    chi_square, blocks = spread(found, tokens, block, size)
+    assert blocks >= buffer / block
+    assert chi_square == pytest.approx(size / 400 * (400 / (buffer / block) - 1) * 400 / 399, rel=0.3)
+    assert spread(perfect, tokens, block, size)[0] == pytest.approx(1, rel=0.05)
 
 
 def test_permutations_are_uniform_and_never_change():

@@ -94,6 +94,24 @@ def test_workers_read_a_local_dataset(built_by_dtype: dict[str, str], context: s
         assert np.array_equal(batch["x"].float().numpy(), whole[batch["token"].numpy()].astype(np.float32))
 
 
+def test_workers_read_s3(s3: str, spec: ac.Spec):
+    url = s3 + "loader"
+    ac.build(spec.model_copy(update={"sites": "resid", "max_tokens": 400}), url)
+    (source,) = stored(url, ["blocks.1.hook_resid_post"])
+    dataset = torch_batches(Batches({"x": source}, Span(0, 400), 50, shuffle=0, buffer=100))
+    here = list(dataset)
+    assert sorted(tokens(here)) == list(range(400))
+    found = list(DataLoader(dataset, batch_size=None, num_workers=2, multiprocessing_context="spawn"))
+    rows = {token: row for batch in here for token, row in zip(batch["token"].tolist(), batch["x"], strict=True)}
+    assert sorted(tokens(found)) == list(range(400))
+    for batch in found:
+        assert all(
+            torch.equal(row, rows[token]) for token, row in zip(batch["token"].tolist(), batch["x"], strict=True)
+        )
+    with pytest.raises(ac.StoreError):
+        list(DataLoader(dataset, batch_size=None, num_workers=1, multiprocessing_context="fork"))
+
+
 def test_what_a_worker_raises_tells_what_it_is():
     dataset = make()
     source = dataset.batches.fields[0].source
