@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from unittest.mock import patch
 
 import obstore
 import zarr
@@ -20,7 +22,9 @@ from benchmarks.s3_server import fsspec_store, s3_url
 
 TITLE = "read_s3: a whole site from S3, every value decoded, bytes/s"
 GETS_AT_ONCE = (2, 4, 8)
-OBJECTS = 3
+OBJECTS = 4
+PARTS: dict[str, int | None] = {"whole objects": None, "parts of 4 MiB": 4 << 20, "parts of 16 MiB": 16 << 20}
+"""Other ways of fetching than ours, which asks for parts of 8 MiB."""
 OURS, GET = "Dask", "bare GET"
 GOALS = {
     GET: 0.9,
@@ -53,21 +57,32 @@ def _compare(material: Material, url: str, dtype: str) -> Iterator[Result]:
     rows = OBJECTS * layout.shard_rows
     with fsspec_store(url) as names:
         opened = zarr.open_array(names, path=STORED, mode="r")
+        ours = readers.through_dask(actcache.open(url).site(STORED, "stored")[:rows])
         sides = {
-            OURS: readers.through_dask(actcache.open(url).site(STORED, "stored")[:rows]),
+            OURS: ours,
             "zarr-python over s3fs": readers.zarr_by_shard(opened, range(OBJECTS)),
             "da.from_zarr over s3fs": readers.through_dask(readers.from_zarr(opened, rows, by_shard=False)),
             "da.from_zarr over s3fs, a chunk a shard": readers.through_dask(
                 readers.from_zarr(opened, rows, by_shard=True)
             ),
         }
+        sides |= {f"{OURS}, {name}": _in_parts(ours, size) for name, size in PARTS.items()}
         sides |= {f"{GET}, {many} at once": _gets(store, keys, many) for many in GETS_AT_ONCE}
         times = alternate({name: timed(work) for name, work in sides.items()}, material.seconds)
     times[GET] = fastest(times, GET)
+    figures: dict[str, Any] = {"amount": size / 1e6, "unit": "MB/s compressed"}
     for peer, goal in GOALS.items():
-        yield compare(
-            "read_s3", f"{dtype} ÷ {peer}", times, OURS, peer, goal=goal, amount=size / 1e6, unit="MB/s compressed"
-        )
+        yield compare("read_s3", f"{dtype} ÷ {peer}", times, OURS, peer, goal=goal, **figures)
+    for name in PARTS:
+        yield compare("read_s3", f"{dtype}, {name} ÷ {GET}", times, f"{OURS}, {name}", GET, **figures)
+
+
+def _in_parts(work: readers.Work, size: int | None) -> readers.Work:
+    def patched() -> None:
+        with patch.object(RemoteStore, "part_bytes", size):
+            work()
+
+    return patched
 
 
 def _gets(store: RemoteStore, keys: list[str], many: int) -> Callable[[], object]:
