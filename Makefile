@@ -5,9 +5,11 @@ BIN := $(VENV)/bin
 STDLIB = $(shell $(PYTHON) -c "import sysconfig; print(sysconfig.get_path('stdlib'))")
 
 CLIENT_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.13*/bin/python) $(shell command -v python3.13))
-CLIENT_TESTS := tests/test_golden.py tests/test_shards.py tests/test_sites.py
+CLIENT_TESTS := tests/test_golden.py tests/test_reader.py tests/test_shards.py tests/test_sites.py
 
-.PHONY: demo test test-client test-nightly lint bench schemas s3 clean
+BRIDGE_TESTS := tests/test_bridges.py tests/test_torch_loader.py
+
+.PHONY: demo test test-client test-bridges test-nightly lint bench schemas s3 clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -37,6 +39,18 @@ test-client: $(VENV)-client/.installed  ## the reading half on Python 3.13, with
 	$(VENV)-client/bin/python -m pytest $(CLIENT_TESTS)
 endif
 
+# dictionary_learning wants torchvision, whose wheels are for another torch than the one that is tested, and does not import it here.
+$(VENV)-bridges/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-bridges
+	$(VENV)-bridges/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-bridges/bin/python -m pip install --quiet --constraint constraints.txt torch
+	$(VENV)-bridges/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[jobs,text]' --group test --group bridges
+	$(VENV)-bridges/bin/python -m pip uninstall --quiet --yes torchvision
+	touch $@
+
+test-bridges: $(VENV)-bridges/.installed  ## training with SAELens, dictionary_learning and torchdata: 2.5 GB of packages
+	$(VENV)-bridges/bin/python -m pytest $(BRIDGE_TESTS)
+
 test: $(VENV)/.installed s3  ## every test but the slow ones
 	$(BIN)/python -m pytest -m 'not slow' -n 2
 
@@ -59,4 +73,4 @@ schemas: $(VENV)/.installed  ## write the published JSON Schemas anew
 	$(BIN)/python -m actcache.schemas.publish schemas/json
 
 clean:
-	rm -rf $(VENV) $(VENV)-client .peers demo.zarr demo.png
+	rm -rf $(VENV) $(VENV)-client $(VENV)-bridges .peers demo.zarr demo.png

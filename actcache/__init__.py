@@ -28,7 +28,9 @@ from actcache.schemas.spec import Spec
 if TYPE_CHECKING:
     from actcache.clients import lens
     from actcache.clients.dataset import Dataset
+    from actcache.clients.joined import Joined
     from actcache.clients.opening import catalog, open, verify
+    from actcache.clients.selection import Selection
     from actcache.jobs.build import BuildResult, build
     from actcache.jobs.forecast import Forecast
     from actcache.jobs.planning import plan
@@ -40,6 +42,8 @@ _LAZY = {
     "BuildResult": "actcache.jobs.build",
     "Dataset": "actcache.clients.dataset",
     "Forecast": "actcache.jobs.forecast",
+    "Joined": "actcache.clients.joined",
+    "Selection": "actcache.clients.selection",
     "build": "actcache.jobs.build",
     "catalog": "actcache.clients.opening",
     "lens": "actcache.clients",
@@ -57,10 +61,12 @@ __all__ = [
     "Dataset",
     "Forecast",
     "InvalidInput",
+    "Joined",
     "NotFound",
     "NotSealed",
     "OutOfRange",
     "ProofFailed",
+    "Selection",
     "Spec",
     "SpecMismatch",
     "StoreError",

@@ -7,9 +7,12 @@ of what is given out, and threads only when it is there.
 
 from __future__ import annotations
 
+import atexit
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from traceback import clear_frames
 from typing import Protocol
 
 import numpy as np
@@ -98,6 +101,7 @@ class Buffered:
         self._free = np.arange(places, dtype=np.int32)  # a ring
         self._first_free, self._n_free = 0, places
         self._pool = ThreadPoolExecutor(READERS + GATHERERS, thread_name_prefix=THREADS)
+        _running.add(self)
         try:
             with self._changed:
                 self._schedule()
@@ -118,11 +122,14 @@ class Buffered:
             return batch
 
     def _close(self) -> None:
+        if self._closed:
+            return
         with self._changed:
             self._closed = True
         # A collection of garbage may have come upon us on one of our own threads, which cannot wait for itself.
         own = threading.current_thread().name.startswith(THREADS)
         self._pool.shutdown(wait=not own, cancel_futures=True)
+        self._buffers.clear()
 
     def _schedule(self) -> None:
         """Begin whatever can be begun. The caller holds the lock."""
@@ -170,6 +177,7 @@ class Buffered:
                 self._schedule()
                 self._changed.notify()
         except BaseException as error:
+            clear_frames(error.__traceback__)  # whoever keeps the error shall not keep the buffer
             with self._changed:
                 self._error = self._error or error
                 self._changed.notify()
@@ -231,6 +239,16 @@ class Buffered:
         at = self._first_free + self._n_free + np.arange(len(places))
         self._free[at % len(self._free)] = places
         self._n_free += len(places)
+
+
+_running: weakref.WeakSet[Buffered] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Close what an exiting program left open, while everything that closing needs is still there."""
+    for engine in list(_running):
+        engine._close()
 
 
 def buffer_places(plan: Plan) -> int:

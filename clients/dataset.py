@@ -220,6 +220,7 @@ class Dataset(Whole):
         only = "" if self.sites else ", in quantised form alone"
         outputs = (generation.provenance.spec.outputs for generation in self.generations)
         extras = [*itertools.chain(*outputs), *(["head"] if spec.head else [])]
+        extras += ["tokenizer"] if self._root.attributes.tokenizer else []
         facts = {
             "url": self.url,
             "model": f"{labels.model}{revision} ({spec.model.family}, {self.model.n_layers} layers × {self.d_model})",

@@ -11,11 +11,13 @@ from actcache.cache.local_store import LocalStore
 from actcache.cache.remote_store import RemoteStore
 from actcache.cache.store import Store
 from actcache.clients.lazy import lazy
+from actcache.clients.sources import Column
 from actcache.clients.token_index import Span
 from actcache.schemas.errors import Unsupported
 from actcache.schemas.grid import TOKEN_DTYPES
 
 if TYPE_CHECKING:
+    import dask.array as da
     import xarray
     import zarr
 
@@ -43,7 +45,6 @@ def zarr_group(store: Store) -> zarr.Group:
 
 def to_xarray(view: View) -> xarray.Dataset:
     """See `View.to_xarray`."""
-    import dask.array as da
     import xarray
 
     names = [name for name in view.fields if name in TOKEN_DTYPES]
@@ -59,10 +60,26 @@ def to_xarray(view: View) -> xarray.Dataset:
         coordinates["layer"] = (("layer",), np.array(view.layers))
         coordinates["state"] = (("layer",), np.array(view.residual_states))
     if view.captured:
-        norms = [lazy(source, view.index, source.dtype) for source in map(view.norm_source, view.captured)]
-        variables["norm"] = (("token", "site"), da.stack(norms, axis=1))  # type: ignore[no-untyped-call]
+        variables["norm"] = (("token", "site"), _norms(view))
         coordinates["site"] = (("site",), np.array(view.captured))
     return xarray.Dataset(variables, coordinates, {"url": view.url})
+
+
+def _norms(view: View) -> da.Array:
+    """The norms of all sites, (token, site): an array that has just these as it is, else column by column."""
+    import dask.array as da
+
+    columns = [view.norm_source(site) for site in view.captured]
+    first = columns[0]
+    if isinstance(first, Column):
+        there = [
+            column.column for column in columns if isinstance(column, Column) and column.base.key == first.base.key
+        ]
+        if there == list(range(first.base.shape[1])) and len(there) == len(columns):
+            return lazy(first.base, view.index, first.dtype)
+    norms = [lazy(column, view.index, column.dtype) for column in columns]
+    stacked: da.Array = da.stack(norms, axis=1)  # type: ignore[no-untyped-call]
+    return stacked
 
 
 def _unread(view: View, name: str) -> Any:

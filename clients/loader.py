@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from actcache.cache.cores import available_cores
+from actcache.cache.reader import AHEAD_BYTES
 from actcache.clients.buffered import PLACE_BYTES, READERS, Batch, Buffered, Memory, buffer_places
 from actcache.clients.field import fields_of
 from actcache.clients.normalise import How
@@ -19,8 +20,6 @@ from actcache.schemas.canonical import digest
 from actcache.schemas.errors import InvalidInput
 
 STATE_VERSION = 1
-FETCHED_BYTES = 48 << 20
-"""What reading one unit may have fetched, or mapped, and not yet decoded, besides one object."""
 CHUNK_BYTES = 1 << 20
 ONE_PROCESS = (0, 1)
 BUFFER = 1 << 20
@@ -32,9 +31,9 @@ class Batches:
 
     Iterating gives the epoch, and again the same one, unless `set_epoch` is called in between. Every token of the index comes exactly
     once, or as often as a list names it. Without `shuffle` they come in the view's own order. With it, parts of the objects of the
-    first site are brought into a random order, cut into windows of equal size of at most `buffer` tokens, and the tokens of each
-    window are permuted. The order is a function of the index, the first site's objects, `size`, `shuffle`, `epoch`, `buffer`, rank
-    and workers alone.
+    first site are brought into a random order, cut into windows of equal size of at least `buffer` tokens, and fewer than twice as
+    many, and the tokens of each window are permuted. The order is a function of the index, the first site's objects, `size`,
+    `shuffle`, `epoch`, `buffer`, rank and workers alone.
 
     Args:
         sources: the sites' arrays by name, (token, …), all of the same token axis.
@@ -42,7 +41,8 @@ class Batches:
         size: tokens of a batch. The last one may be shorter, unless `drop_last`.
         shuffle: the seed, at least 0, or None.
         epoch: which of the orders that the seed has.
-        buffer: tokens of a window at most. The larger, the better batches are mixed, and the more memory is taken: see `memory_bytes`.
+        buffer: tokens of a window at least, where there are so many. The larger, the better batches are mixed, and the more memory is
+            taken: see `memory_bytes`.
         dtype: of the sites in a batch: `float32`, or `stored`, as they are. Columns have their own.
         normalise: None, `center`, `standard` or `scale`: see `Normaliser.of`.
         statistics: mean and variance of each site, (d,) float64, where `normalise` asks for them.
@@ -173,7 +173,7 @@ class Batches:
         stored = [field.values * field.source.dtype.itemsize for field in self.fields]
         made = sum(field.values * field.dtype.itemsize for field in self.fields) + 8
         fetched = max(
-            min(size * field.source.shape[0], size * max(field.source.chunks, default=0) + FETCHED_BYTES)
+            min(size * field.source.shape[0], size * max(field.source.chunks, default=0) + AHEAD_BYTES)
             for field, size in zip(self.fields, stored, strict=True)
         )
         decoded = (available_cores() + READERS) * sum(min(CHUNK_BYTES, size * self._cuts[-1]) for size in stored)

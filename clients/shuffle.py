@@ -15,6 +15,8 @@ import numpy as np
 from actcache.clients.token_index import TokenIndex
 from actcache.schemas.errors import InvalidInput
 
+MOST_BUFFER = 1 << 29
+"""Places are counted in 32 bits, and a window has fewer than twice as many."""
 PARTS = 16
 """A window holds at least so many parts of blocks, where there are as many: a block never fills a window alone."""
 TINY = 4
@@ -50,7 +52,7 @@ class Plan:
 
     Attributes:
         start, stop: the positions of this share.
-        windows: position splits of the windows, (window + 1,), int64; each has at most `buffer` tokens.
+        windows: position splits of the windows, (window + 1,), int64; each has at least `buffer` tokens, and fewer than twice as many.
         units: position splits of what is read at once, (unit + 1,), int64; none crosses a window.
         window_of: the window of each unit, (unit,).
 
@@ -70,6 +72,7 @@ class Plan:
         share: Share,
         drop_last: bool,
     ) -> None:
+        buffer = min(buffer, MOST_BUFFER)
         self._index = index
         self._cuts = cuts
         self._key = None if shuffle is None else (shuffle, epoch)
@@ -93,7 +96,7 @@ class Plan:
         units = np.concatenate([[self.start], kept, [self.stop]])
         tokens = self.stop - self.start
         if self._key is not None:
-            count = -(-tokens // buffer)
+            count = max(1, tokens // buffer) if tokens else 0
             self.windows = self.start + np.arange(count + 1) * tokens // max(1, count)
             units = np.union1d(units, self.windows)
         self.units = np.unique(units) if tokens else np.array([self.start])

@@ -124,37 +124,16 @@ def test_what_cannot_become_one_is_refused(built_by_dtype: dict[str, str], tmp_p
 def test_saelens_trains_on_it(ds: ac.Dataset):
     pytest.importorskip("sae_lens")
     import torch
-    from sae_lens import LoggingConfig, SAETrainerConfig, StandardTrainingSAE, StandardTrainingSAEConfig
+    from sae_lens import StandardTrainingSAE, StandardTrainingSAEConfig
+    from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
     torch.manual_seed(0)
     source = ds.activations(SITE, size=64, shuffle=0, normalise="scale")
     sae = StandardTrainingSAE(StandardTrainingSAEConfig(d_in=source.d_in, d_sae=64, l1_coefficient=1e-3))
     before = _unexplained(sae, source)
-    trainer = SAETrainer(
-        sae=sae,
-        data_provider=source,
-        cfg=SAETrainerConfig(
-            n_checkpoints=0,
-            checkpoint_path=None,
-            save_final_checkpoint=False,
-            total_training_samples=64 * 300,
-            device="cpu",
-            autocast=False,
-            lr=3e-3,
-            lr_end=3e-3,
-            lr_scheduler_name="constant",
-            lr_warm_up_steps=0,
-            adam_beta1=0.9,
-            adam_beta2=0.999,
-            lr_decay_steps=0,
-            n_restart_cycles=1,
-            train_batch_size_samples=64,
-            dead_feature_window=1000,
-            feature_sampling_window=1000,
-            logger=LoggingConfig(log_to_wandb=False),
-        ),
-    )
+    settings = SAETrainerConfig(total_training_samples=64 * 300, train_batch_size_samples=64, lr=3e-3, lr_end=3e-3)
+    trainer = SAETrainer(cfg=settings, sae=sae, data_provider=source)
     trained = trainer.fit()
     assert _unexplained(trained, source) < 0.5 * before
 

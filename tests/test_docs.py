@@ -45,6 +45,21 @@ def test_the_python_about_modules_of_ones_own_runs(tmp_path: Path, monkeypatch: 
     assert ac.open("my-cnn.zarr").sites == ["conv1", "conv3"]
 
 
+def test_the_python_about_reading_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    sources = tuple(
+        str(Path(sysconfig.get_path("stdlib")) / f"{name}.py") for name in ("abc", "argparse", "ast", "base64")
+    )
+    ac.build(ac.Spec(model="examples/tiny-gpt", corpus=sources), "demo.zarr")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/reading.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 5
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(block, names)
+    assert names["state"]["batches"] == 1  # type: ignore[index]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path):
     for link in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):

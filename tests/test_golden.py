@@ -93,11 +93,29 @@ def test_none_of_this_needs_torch():
         "import sys, actcache as ac\n"
         f"ds = ac.open({str(GOLDEN / '1.0' / 'float32.zarr')!r})\n"
         "ac.lens.logit(ds); ds.resid.sum().compute(); ac.verify(ds.url, full=True)\n"
+        "some = ds.where(position__gt=0); some.resid.compute(); some.to_xarray(); ac.open([ds.url, ds.url]).at([1]).resid\n"
+        "assert sum(len(batch['token']) for batch in some.batches('resid', size=7, shuffle=0)) == some.n_tokens\n"
         f"ds = ac.open({str(GOLDEN / '1.1' / 'text.zarr')!r})\n"
         "ds.tokenizer.strings(ds.tokens['token_id'])\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("path", DATASETS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_selections_and_batches_of_a_golden_dataset(path: Path):
+    ds = ac.open(path)
+    site, kept = ds.sites[0], ds.tokens["position"] > 2
+    some = ds.where(position__gt=2)
+    whole = ds[site].compute()
+    assert np.array_equal(some[site].compute(), whole[kept])
+    assert np.array_equal(some.to_xarray()[site].values, whole[kept])
+    assert np.array_equal(ds.at([3, 0, 3]).resid.compute(), ds.resid.compute()[:, [3, 0, 3]])
+    batches = list(some.batches(site, size=5, shuffle=1, columns="position"))
+    tokens = np.concatenate([batch["token"] for batch in batches])
+    assert np.array_equal(np.sort(tokens), np.flatnonzero(kept))
+    assert np.array_equal(np.concatenate([batch[site] for batch in batches]), whole[tokens])
+    assert np.array_equal(ac.open([path, path]).sequence(-1)[site].compute(), ds.sequence(-1)[site].compute())
 
 
 def test_the_golden_dataset_of_format_1_1_has_its_text():

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from actcache.clients.loader import Batches
 from actcache.clients.shuffle import Plan, Share, permutation
 from actcache.clients.sources import StoredSource
 from actcache.clients.token_index import Listed, Masked, Span, TokenIndex
-from tests.array_source import ArraySource, cut, numbered
+from tests.array_source import ArrayRows, ArraySource, cut, numbered
 
 Kept = list[dict[str, np.ndarray]]
 
@@ -339,6 +340,24 @@ def test_what_a_reader_raises_comes_to_the_consumer(error: Exception):
     assert ended()
 
 
+def test_an_error_that_is_kept_keeps_no_buffer(monkeypatch: pytest.MonkeyPatch):
+    buffers = []
+    original = ArrayRows.scatter
+
+    def scatter(rows: ArrayRows, index: np.ndarray, out: np.ndarray, at: np.ndarray) -> None:
+        buffers.append(weakref.ref(out))
+        original(rows, index, out, at)
+
+    monkeypatch.setattr(ArrayRows, "scatter", scatter)
+    source = numbered(1000, 2, cut(1000, 50))
+    source.failure, source.fails_at = ac.Corrupt("broken"), 777
+    with pytest.raises(ac.Corrupt) as kept:
+        list(Batches({"x": source}, Span(0, 1000), 10, buffer=100, shuffle=0))
+    assert kept.value.__traceback__ is not None
+    assert buffers
+    assert {each() is None for each in buffers} == {True}
+
+
 def test_an_iterator_that_is_left_ends_its_threads():
     batches = make(5000, Span(0, 5000), 100, size=10, shuffle=0, buffer=500)
     for _ in batches:
@@ -363,10 +382,11 @@ def test_an_iterator_that_is_left_ends_its_threads():
     assert ended(), "and so does one that is through"
 
 
-def test_a_script_may_end_in_the_middle():
+@pytest.mark.parametrize("name", ["kept", "pytest.kept", "threading.kept"])
+def test_a_script_may_end_in_the_middle(name: str):
     script = (
-        "from tests.test_loader import *\n"
-        "kept = iter(make(5000, Span(0, 5000), 100, size=10, shuffle=0, buffer=500)); next(kept); print('there')"
+        "import threading, pytest; from tests.test_loader import *\n"
+        f"{name} = iter(make(5000, Span(0, 5000), 100, size=10, shuffle=0, buffer=500)); next({name}); print('there')"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "there\n", "")

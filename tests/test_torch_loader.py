@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from traceback import clear_frames
 from typing import Any
 
 import ml_dtypes
@@ -19,6 +20,8 @@ from tests.test_loader import stored
 
 torch = pytest.importorskip("torch")
 from torch.utils.data import DataLoader, IterableDataset  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")  # from Python 3.12 on
 
 Kept = list[dict[str, Any]]
 
@@ -36,6 +39,15 @@ def same(one: Kept, other: Kept) -> bool:
     return len(one) == len(other) and all(
         list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a) for a, b in zip(one, other, strict=True)
     )
+
+
+def through(loader: DataLoader) -> Kept:
+    """What a loader gives. When it fails, its workers end before anybody looks at the error, which would keep them waiting."""
+    try:
+        return list(loader)
+    except Exception as error:
+        clear_frames(error.__traceback__)
+        raise
 
 
 def test_tensors_are_what_numpy_has():
@@ -109,7 +121,7 @@ def test_workers_read_s3(s3: str, spec: ac.Spec):
             torch.equal(row, rows[token]) for token, row in zip(batch["token"].tolist(), batch["x"], strict=True)
         )
     with pytest.raises(ac.StoreError):
-        list(DataLoader(dataset, batch_size=None, num_workers=1, multiprocessing_context="fork"))
+        through(DataLoader(dataset, batch_size=None, num_workers=1, multiprocessing_context="fork"))
 
 
 def test_what_a_worker_raises_tells_what_it_is():
@@ -119,7 +131,7 @@ def test_what_a_worker_raises_tells_what_it_is():
     source.failure, source.fails_at = ac.Corrupt("broken"), 500
     loader = DataLoader(dataset, batch_size=None, num_workers=1, multiprocessing_context="fork")
     with pytest.raises(ac.Corrupt, match="broken"):
-        list(loader)
+        through(loader)
 
 
 def test_it_travels():
@@ -169,7 +181,7 @@ def test_a_state_of_one_process_is_none_of_workers():
     state = dataset.state_dict()
     dataset.load_state_dict(state)
     with pytest.raises(ac.InvalidInput, match="of worker 0 of 1, and this is worker 0 of 2"):
-        list(DataLoader(dataset, batch_size=None, num_workers=2))
+        through(DataLoader(dataset, batch_size=None, num_workers=2))
 
 
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
@@ -213,7 +225,7 @@ def test_pinned_memory_and_devices():
         with pytest.raises(ac.InvalidInput, match="CUDA"):
             torch_batches(make().batches, pin_memory=True)
     with pytest.raises(ac.InvalidInput, match="worker"):
-        list(DataLoader(moved, batch_size=None, num_workers=1))
+        through(DataLoader(moved, batch_size=None, num_workers=1))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
