@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import random
+import shutil
 import string
 import sysconfig
+import tempfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -39,6 +42,13 @@ class Material:
     def memory(self) -> Path:
         """A folder whose files lie in memory, where there is one."""
         return MEMORY if MEMORY.is_dir() else self.folder
+
+    @cached_property
+    def in_memory(self) -> Path:
+        """A folder of this run in `memory`, which goes when it ends."""
+        path = Path(tempfile.mkdtemp(prefix="actcache-benchmarks-", dir=self.memory))
+        atexit.register(shutil.rmtree, path, ignore_errors=True)
+        return path
 
     @cached_property
     def model(self) -> Path:

@@ -65,6 +65,11 @@ def alternate(sides: Mapping[str, Callable[[], float]], seconds: float, rounds: 
     return times
 
 
+def fastest(times: Times, prefix: str) -> list[float]:
+    """The seconds of that side, among those whose names begin so, which was fastest by its median."""
+    return min((seconds for name, seconds in times.items() if name.startswith(prefix)), key=statistics.median)
+
+
 def timed(work: Callable[[], object]) -> Callable[[], float]:
     """A side that counts all its time."""
 

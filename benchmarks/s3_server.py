@@ -9,8 +9,12 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from actcache.cache.store import Store, open_store
+import s3fs
+from zarr.core.sync import sync
+from zarr.storage import FsspecStore
+
 from tests.s3 import server
 
 
@@ -52,8 +56,16 @@ def s3_url() -> Iterator[str | None]:
         shutil.rmtree(home, ignore_errors=True)
 
 
-def copy_all(source: Path, target: Store) -> None:
-    """Copy every object of a local dataset to a store."""
-    local = open_store(source)
-    for key in local.list():
-        target.put_new(key, local.get(key))
+@contextmanager
+def fsspec_store(url: str) -> Iterator[FsspecStore]:
+    """A folder of the server as zarr-python reads it through s3fs, for the length of a `with` block."""
+    system = s3fs.S3FileSystem(asynchronous=True, use_listings_cache=False, skip_instance_cache=True)
+    try:
+        yield FsspecStore(system, path=url.removeprefix("s3://"), read_only=True)
+    finally:
+        sync(_close(system))
+
+
+async def _close(system: Any) -> None:
+    session = await system.set_session()
+    await session.close()
