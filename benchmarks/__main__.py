@@ -31,7 +31,6 @@ NAMES = (
     "read_amplification",
     "read_lazy",
     "read_loader",
-    "loader",
     "mixing",
     "chunks",
     "start",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,10 +34,10 @@ class LazyRows:
         rows, rest = key[0], key[1:]
         if isinstance(rows, slice):
             start, stop, step = rows.indices(self.shape[0])
-            positions = range(start, stop, step)
-            low, high = (min(positions), max(positions) + 1) if positions else (0, 0)
-            found = self._read(low, high)[:: abs(step)]
-            found = found[::-1] if step < 0 else found
+            if abs(step) > 1:
+                return self[(np.arange(start, stop, step), *rest)]
+            low, high = (start, stop) if step > 0 else (stop + 1, start + 1)
+            found = self._read(low, max(low, high))[::step]
         elif isinstance(rows, int | np.integer):
             row = int(rows) + (self.shape[0] if rows < 0 else 0)
             return self._read(row, row + 1)[0][rest]
@@ -55,23 +56,60 @@ class LazyRows:
         return (*self.source.key, self.dtype.name, *(() if whole else self.index.key))
 
 
+class LazyStack:
+    """What a Dask graph holds of several arrays of equal shape, one above the other: (array, row, …)."""
+
+    def __init__(self, parts: Sequence[LazyRows]) -> None:
+        self.parts = tuple(parts)
+        self.dtype = parts[0].dtype
+        self.shape = (len(parts), *parts[0].shape)
+        self.ndim = len(self.shape)
+
+    def __getitem__(self, key: Any) -> Any:
+        """Arrays by a slice, an integer or a list, then the rest of the key of each."""
+        key = key if isinstance(key, tuple) else (key,)
+        wanted, rest = np.arange(len(self.parts))[key[0]], key[1:] or (slice(None),)
+        if wanted.ndim == 0:
+            return self.parts[int(wanted)][rest]
+        if not len(wanted):
+            return np.empty((0, *np.broadcast_to(np.empty((), self.dtype), self.shape[1:])[rest].shape), self.dtype)
+        return np.stack([self.parts[number][rest] for number in wanted.tolist()])
+
+    def __dask_tokenize__(self) -> tuple[object, ...]:
+        return tuple(part.__dask_tokenize__() for part in self.parts)
+
+
+def lazy_stack(name: str, sources: Sequence[Source], index: TokenIndex, dtype: np.dtype) -> da.Array:
+    """The rows of a view of several arrays as one Dask array (array, row, …), chunked as `lazy` does each. Reads nothing."""
+    stored = LazyStack([LazyRows(source, index, dtype) for source in sources])
+    return _array(name, stored, ((1,) * len(sources), _rows(sources[0], index, None)), isinstance(index, Span))
+
+
 def lazy(source: Source, index: TokenIndex, dtype: np.dtype, chunks: int | None = None) -> da.Array:
     """The rows of a view as a Dask array. Reads nothing.
 
     A Dask chunk is what the view has of one object of the store, or `chunks` rows. Where a mask keeps few tokens of each object,
     neighbours share a chunk.
     """
+    stored = LazyRows(source, index, dtype)
+    return _array(source.name, stored, (_rows(source, index, chunks),), isinstance(index, Span))
+
+
+def _array(name: str, stored: LazyRows | LazyStack, chunks: tuple[tuple[int, ...], ...], inline: bool) -> da.Array:
+    """A Dask array of what is stored, whole along the axes that `chunks` does not name.
+
+    A mask is not in line: it is sent to a worker once, and not with every task.
+    """
     import dask.array as da
     from dask.base import tokenize
 
-    stored = LazyRows(source, index, dtype)
     array: da.Array = da.from_array(  # type: ignore[no-untyped-call]
         stored,
-        chunks=((_rows(source, index, chunks)), *((size,) for size in source.shape[1:])),
-        name=f"{source.name}-{tokenize(stored)}",
+        chunks=(*chunks, *((size,) for size in stored.shape[len(chunks) :])),
+        name=f"{name}-{tokenize(stored)}",
         lock=False,
-        meta=np.empty((0,) * stored.ndim, dtype),
-        inline_array=isinstance(index, Span),  # a mask is sent to a worker once, not with every task
+        meta=np.empty((0,) * stored.ndim, stored.dtype),
+        inline_array=inline,
     )
     return array
 

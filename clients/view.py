@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from actcache.clients.lazy import lazy
+from actcache.clients.lazy import lazy, lazy_stack
 from actcache.clients.sources import Source, read
 from actcache.clients.token_index import TokenIndex
 from actcache.schemas.dtypes import numpy_dtype
@@ -206,16 +206,13 @@ class View(ABC):
         Raises:
             NotFound: the dataset lacks one of its states.
         """
-        import dask.array as da
-
         wanted = self.residual_states
         missing = [site for site in wanted if site not in self.sites]
         if missing:
             if missing[0] in self.quantised:
                 raise self._no_site(missing[0])
             raise NotFound(f"{self.url}: ds.resid needs every residual state, and {missing[0]!r} was not stored")
-        stacked: da.Array = da.stack([self.site(site) for site in wanted])  # type: ignore[no-untyped-call]
-        return stacked
+        return lazy_stack("resid", [self.source(site) for site in wanted], self.index, numpy_dtype("float32"))
 
     def rows(self, name: str, start: int, stop: int, quantised: str | None = None) -> np.ndarray:
         """Rows [start, stop) of an array at once, without Dask; in the stored dtype.
