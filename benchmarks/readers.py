@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import dask.array as da
-import google_crc32c
 import numpy as np
 import zarr
+from crc32c import crc32c
 from numcodecs import blosc
 
 from actcache.schemas.array import ArrayLayout
@@ -57,7 +57,7 @@ def decode(layout: ArrayLayout, shard: int, get: Get) -> np.ndarray:
 
 def decode_chunk(data: np.ndarray, out: np.ndarray) -> None:
     """Check and decompress a chunk."""
-    if google_crc32c.value(data[:-4]) != int.from_bytes(data[-4:].tobytes(), "little"):
+    if crc32c(data[:-4]) != int.from_bytes(data[-4:].tobytes(), "little"):
         raise AssertionError("crc32c")
     blosc.decompress(data[:-4], out.view(f"u{out.dtype.itemsize}"))
 

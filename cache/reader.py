@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 
 import numpy as np
@@ -49,8 +49,12 @@ class Span:
 
 @dataclass(frozen=True)
 class Range:
-    """Bytes of a shard from `start` on, the spans that lie in them, and the bytes themselves once they are there."""
+    """Bytes of a shard from `start` on, the spans that lie in them, and the bytes themselves once they are there.
 
+    `where` is what errors call the shard.
+    """
+
+    where: str
     key: str
     start: int
     spans: tuple[Span, ...]
@@ -156,10 +160,10 @@ class ArrayReader(Rows):
         spans = [Span(want, *chunk_span(self.layout, index, want.chunk, size, where)) for want in wants]
         spans.sort(key=lambda span: span.offset)
         here = tuple(span for span in spans if span.offset >= begin)
-        ranges = self._ranges(key, [span for span in spans if span.offset < begin])
-        return [Range(key, begin, here, data), *ranges] if here else ranges
+        ranges = self._ranges(where, key, [span for span in spans if span.offset < begin])
+        return [Range(where, key, begin, here, data), *ranges] if here else ranges
 
-    def _ranges(self, key: str, spans: list[Span]) -> list[Range]:
+    def _ranges(self, where: str, key: str, spans: list[Span]) -> list[Range]:
         """Spans in ascending order as ranges: those near each other together, up to the size of a part."""
         groups: list[list[Span]] = []
         for span in spans:
@@ -169,7 +173,7 @@ class ArrayReader(Rows):
                 last.append(span)
             else:
                 groups.append([span])
-        return [Range(key, group[0].offset, tuple(group)) for group in groups]
+        return [Range(where, key, group[0].offset, tuple(group)) for group in groups]
 
     def _fetch(self, wanted: Range) -> Range:
         if wanted.data is not None:
@@ -179,14 +183,14 @@ class ArrayReader(Rows):
         except NotFound:
             raise self._missing(wanted.key) from None
         if len(data) != wanted.length:
-            raise Corrupt(f"{self._where(wanted.key)}: the object is shorter than its index says; {ADVICE}")
-        return Range(wanted.key, wanted.start, wanted.spans, data)
+            raise Corrupt(f"{wanted.where}: the object is shorter than its index says; {ADVICE}")
+        return replace(wanted, data=data)
 
     def _decode(self, found: Range, span: Span, out: np.ndarray) -> None:
         """Decode a chunk into its place: at once where all of it is wanted as it is, else by way of this thread's own memory."""
         assert found.data is not None
         packed = found.data[span.offset - found.start : span.end - found.start]
-        want, where = span.want, self._where(found.key)
+        want = span.want
         is_run = isinstance(want.rows, slice) and isinstance(want.at, slice)
         if (
             is_run
@@ -194,12 +198,12 @@ class ArrayReader(Rows):
             and out.dtype == self.dtype
             and out.flags.c_contiguous
         ):
-            decode_chunk(self.layout, packed, out[want.at], where)
+            decode_chunk(self.layout, packed, out[want.at], found.where)
             return
         whole = getattr(self._own, "chunk", None)
         if whole is None:
             whole = self._own.chunk = np.empty((self.layout.chunk_rows, *self.layout.row_shape), self.dtype)
-        decode_chunk(self.layout, packed, whole, where)
+        decode_chunk(self.layout, packed, whole, found.where)
         out[want.at] = whole[want.rows]
 
     def _index(self, shard: int) -> np.ndarray | None:

@@ -12,8 +12,8 @@ import struct
 from collections.abc import Sequence
 from typing import Any
 
-import google_crc32c
 import numpy as np
+from crc32c import crc32c
 from numcodecs import blosc
 
 from actcache.schemas.array import BLOSC_OVERHEAD, CRC_BYTES, INDEX_ENTRY_BYTES, ArrayLayout
@@ -33,7 +33,7 @@ def encode_chunk(layout: ArrayLayout, chunk: np.ndarray) -> Piece:
     itemsize = layout.numpy_dtype.itemsize
     raw = chunk.view(np.dtype(f"u{itemsize}"))
     packed = blosc.compress(raw, b"zstd", 1, blosc.SHUFFLE, layout.chunk_bytes, itemsize)
-    return packed, _CRC.pack(google_crc32c.value(packed))
+    return packed, _CRC.pack(crc32c(packed))
 
 
 def assemble(layout: ArrayLayout, pieces: Sequence[Piece]) -> memoryview:
@@ -43,7 +43,7 @@ def assemble(layout: ArrayLayout, pieces: Sequence[Piece]) -> memoryview:
     index[: len(pieces), 1] = lengths
     index[: len(pieces), 0] = np.cumsum(lengths) - lengths
     tail = index.tobytes()
-    parts = [*itertools.chain.from_iterable(pieces), tail, _CRC.pack(google_crc32c.value(tail))]
+    parts = [*itertools.chain.from_iterable(pieces), tail, _CRC.pack(crc32c(tail))]
     # numpy copies without the interpreter's lock, so that the forward pass goes on meanwhile
     shard = np.empty(sum(map(len, parts)), np.uint8)
     at = 0
@@ -62,7 +62,7 @@ def decode_index(layout: ArrayLayout, tail: Buffer, where: str) -> np.ndarray:
     if len(tail) != layout.index_bytes:
         raise Corrupt(f"{where}: the object is shorter than its own index; {ADVICE}")
     body = bytes(tail[:-CRC_BYTES])
-    if google_crc32c.value(body) != _CRC.unpack(tail[-CRC_BYTES:])[0]:
+    if crc32c(body) != _CRC.unpack(tail[-CRC_BYTES:])[0]:
         raise Corrupt(f"{where}: the index's crc32c does not hold; {ADVICE}")
     return np.frombuffer(body, "<u8").reshape(-1, INDEX_ENTRY_BYTES // 8)
 
@@ -86,9 +86,9 @@ def decode_chunk(layout: ArrayLayout, data: Buffer, out: np.ndarray, where: str)
     Raises:
         Corrupt: its crc32c does not hold, or it does not decode to a chunk of this array.
     """
-    view = memoryview(data).toreadonly()
+    view = memoryview(data)
     packed = view[:-CRC_BYTES]
-    if google_crc32c.value(np.frombuffer(packed, np.uint8)) != _CRC.unpack(view[-CRC_BYTES:])[0]:
+    if crc32c(packed) != _CRC.unpack(view[-CRC_BYTES:])[0]:
         raise Corrupt(f"{where}: a chunk's crc32c does not hold; {ADVICE}")
     if len(packed) < _BLOSC_HEADER.size:
         raise Corrupt(f"{where}: a chunk is too short; {ADVICE}")
