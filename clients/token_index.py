@@ -142,10 +142,11 @@ class Masked(TokenIndex):
 
     def counts(self, cuts: np.ndarray) -> np.ndarray:
         """See `TokenIndex`."""
+        cuts = np.minimum(cuts, self.end)  # the bits may end before the axis does
         pages = np.asarray(cuts, np.int64) // PAGE
         before = [
             int(self._before[page]) + len(self.within(page * PAGE, cut))
-            for page, cut in zip(pages.tolist(), np.asarray(cuts).tolist(), strict=True)
+            for page, cut in zip(pages.tolist(), cuts.tolist(), strict=True)
         ]
         return np.diff(np.array(before, np.int64))
 

@@ -349,12 +349,15 @@ def test_wrong_questions_get_clear_answers(ds: ac.Dataset):
 
 
 @given(
-    n=st.integers(1, 3 * PAGE),
+    n=st.integers(1, 3 * PAGE) | st.sampled_from([PAGE - 1, PAGE, PAGE + 1, 2 * PAGE]),
+    beyond=st.sampled_from([0, 1, PAGE, 2 * PAGE]),
     seed=st.integers(0, 999),
     share=st.sampled_from([0.0, 0.001, 0.5, 1.0]),
     data=st.data(),
 )
-def test_token_indexes_count_and_cut_as_numpy_does(n: int, seed: int, share: float, data: st.DataObject):
+def test_token_indexes_count_and_cut_as_numpy_does(
+    n: int, beyond: int, seed: int, share: float, data: st.DataObject
+):
     rng = np.random.default_rng(seed)
     kept = np.flatnonzero(rng.random(n) < share)
     bits = Masked.empty(n)
@@ -367,7 +370,7 @@ def test_token_indexes_count_and_cut_as_numpy_does(n: int, seed: int, share: flo
         (Span(low, n), np.arange(low, n)),
         (Listed(listed), listed),
     ]
-    cuts = np.unique([0, n, *(data.draw(st.integers(0, n)) for _ in range(3))])
+    cuts = np.unique([0, n, *(data.draw(st.integers(0, n)) for _ in range(3)), n + beyond])
     for index, tokens in cases:
         assert len(index) == len(tokens)
         assert index.end > tokens.max(initial=-1)
@@ -378,4 +381,4 @@ def test_token_indexes_count_and_cut_as_numpy_does(n: int, seed: int, share: flo
         start, stop = sorted(data.draw(st.integers(0, n)) for _ in range(2))
         inside = np.sort(tokens[(tokens >= start) & (tokens < stop)])
         assert np.array_equal(index.within(start, stop), inside)
-        assert np.array_equal(index.counts(cuts), np.histogram(tokens, [*cuts[:-1], n + 1])[0] if len(cuts) > 1 else [])
+        assert np.array_equal(index.counts(cuts), np.histogram(tokens, [*cuts[:-1], cuts[-1] + 1])[0] if len(cuts) > 1 else [])
