@@ -254,6 +254,13 @@ def test_xarray_has_coordinates_and_is_lazy(built: str, no_compute: None, monkey
     assert all(variable.chunks is not None for variable in opened.data_vars.values())
 
 
+def test_xarray_travels_unread(ds: ac.Dataset):
+    for view in (ds, ds.where(document=2)):
+        opened = pickle.loads(pickle.dumps(view.to_xarray()))
+        assert np.array_equal(opened["token_id"], view.tokens["token_id"])
+        assert np.array_equal(opened[SITE], view[SITE])
+
+
 def test_xarray_selects_by_coordinates(ds: ac.Dataset, whole: np.ndarray):
     opened = ds.where(document=2).to_xarray()
     tokens = np.flatnonzero(ds.tokens["document"] == 2)
