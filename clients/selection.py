@@ -141,7 +141,7 @@ class Selectable(View):
             InvalidInput: arguments that make no sense.
         """
         view = self.where(**where) if where is not None else self
-        names = self._patterns(sites)
+        names = view._patterns(sites)
         statistics = {name: view.statistics[name] for name in names} if normalise is not None else {}
         return Batches(
             {name: view.source(name) for name in names},

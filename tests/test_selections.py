@@ -254,11 +254,23 @@ def test_xarray_has_coordinates_and_is_lazy(built: str, no_compute: None, monkey
     assert all(variable.chunks is not None for variable in opened.data_vars.values())
 
 
+def test_a_mask_may_be_of_any_library(ds: ac.Dataset):
+    pd, torch = pytest.importorskip("pandas"), pytest.importorskip("torch")
+    mask = ds.tokens["position"] > 3
+    for other in (mask.tolist(), pd.Series(mask), torch.from_numpy(mask.copy()), da.from_array(mask, chunks=50)):
+        assert ds.where(other).n_tokens == mask.sum()
+
+
+def test_patterns_of_batches_choose_among_the_sites_of_the_layers_asked_for(ds: ac.Dataset):
+    (batch,) = ds.batches("resid", ds.n_tokens, where={"layer": [0, 2]})
+    assert list(batch) == ["blocks.0.hook_resid_pre", "blocks.1.hook_resid_post", "token"]
+
+
 def test_xarray_travels_unread(ds: ac.Dataset):
     for view in (ds, ds.where(document=2)):
         opened = pickle.loads(pickle.dumps(view.to_xarray()))
-        assert np.array_equal(opened["token_id"], view.tokens["token_id"])
-        assert np.array_equal(opened[SITE], view[SITE])
+        assert np.array_equal(opened["token_id"].values, view.tokens["token_id"])
+        assert np.array_equal(opened[SITE].values, view[SITE].compute())
 
 
 def test_xarray_selects_by_coordinates(ds: ac.Dataset, whole: np.ndarray):
