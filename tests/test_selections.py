@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -252,6 +253,18 @@ def test_xarray_has_coordinates_and_is_lazy(built: str, no_compute: None, monkey
         "site",
     } == set(opened.coords)
     assert all(variable.chunks is not None for variable in opened.data_vars.values())
+
+
+def test_a_mask_may_be_computed_from_other_selections(ds: ac.Dataset):
+    def mask() -> np.ndarray:
+        return np.arange(ds.n_tokens) < ds.where(position=0).n_tokens
+
+    lazy = da.from_delayed(dask.delayed(mask)(), (ds.n_tokens,), bool)
+    found: list[int] = []
+    asking = threading.Thread(target=lambda: found.append(ds.where(lazy).n_tokens), daemon=True)
+    asking.start()
+    asking.join(60)
+    assert found == [ds.n_sequences]
 
 
 def test_a_mask_may_be_of_any_library(ds: ac.Dataset):
