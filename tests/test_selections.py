@@ -387,9 +387,7 @@ def test_wrong_questions_get_clear_answers(ds: ac.Dataset):
     share=st.sampled_from([0.0, 0.001, 0.5, 1.0]),
     data=st.data(),
 )
-def test_token_indexes_count_and_cut_as_numpy_does(
-    n: int, beyond: int, seed: int, share: float, data: st.DataObject
-):
+def test_token_indexes_count_and_cut_as_numpy_does(n: int, beyond: int, seed: int, share: float, data: st.DataObject):
     rng = np.random.default_rng(seed)
     kept = np.flatnonzero(rng.random(n) < share)
     bits = Masked.empty(n)
@@ -413,4 +411,6 @@ def test_token_indexes_count_and_cut_as_numpy_does(
         start, stop = sorted(data.draw(st.integers(0, n)) for _ in range(2))
         inside = np.sort(tokens[(tokens >= start) & (tokens < stop)])
         assert np.array_equal(index.within(start, stop), inside)
-        assert np.array_equal(index.counts(cuts), np.histogram(tokens, [*cuts[:-1], cuts[-1] + 1])[0] if len(cuts) > 1 else [])
+        assert np.array_equal(
+            index.counts(cuts), np.histogram(tokens, [*cuts[:-1], cuts[-1] + 1])[0] if len(cuts) > 1 else []
+        )
