@@ -56,6 +56,10 @@ class Joined(Whole):
     def source(self, name: str, kind: str | None = None) -> Source:
         """See `View`."""
         sources = [part.source(name, kind) for part in self.parts]
+        if sources[0].axes == ("token", "site"):
+            raise NotFound(
+                f"{self.url}: the columns of {name!r} may differ from part to part; ds.norm has them by site"
+            )
         if sources[0].axes[0] != "token":
             raise NotFound(f"{self.url}: {name!r} is not along the token axis; ask one of ds.parts for it")
         if name in _COUNTED:
