@@ -8,6 +8,7 @@ of what is given out, and threads only when it is there.
 from __future__ import annotations
 
 import atexit
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ import numpy as np
 from actcache.cache.rows import Rows
 from actcache.clients.field import TOKEN, Field
 from actcache.clients.shuffle import Plan
+from actcache.schemas.errors import StoreError
 
 READERS = 2
 """Units that are read at once; each is decoded by as many threads as there are cores."""
@@ -249,6 +251,18 @@ def _close_all() -> None:
     """Close what an exiting program left open, while everything that closing needs is still there."""
     for engine in list(_running):
         engine._close()
+
+
+def _forked() -> None:
+    """In a forked child: the threads of what its parent iterates are not there, and its lock may be held for ever."""
+    for engine in list(_running):
+        engine._changed = threading.Condition()
+        engine._closed = True
+        engine._error = StoreError("these batches were begun before this process was forked; iterate anew here")
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+    os.register_at_fork(after_in_child=_forked)
 
 
 def buffer_places(plan: Plan) -> int:

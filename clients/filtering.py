@@ -21,7 +21,7 @@ def checked_mask(mask: Any) -> Any:
     Raises:
         InvalidInput: it is something else.
     """
-    mask = mask if hasattr(mask, "dtype") else np.asarray(mask)
+    mask = mask if hasattr(mask, "compute") else np.asarray(mask)
     if mask.dtype != bool or mask.ndim != 1:
         raise InvalidInput(f"where(mask): one boolean a token is asked for, not {mask.ndim}-dimensional {mask.dtype}")
     return mask

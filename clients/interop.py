@@ -84,6 +84,12 @@ def _norms(view: View) -> da.Array:
 
 def _unread(view: View, name: str) -> Any:
     """A field as an array that xarray reads when it first looks at it, as it reads those of a file: then it is numpy's."""
+    from xarray.core import indexing
+
+    return indexing.LazilyIndexedArray(_field(view, name))
+
+
+def _field(view: View, name: str) -> Any:
     from xarray.backends import BackendArray
     from xarray.core import indexing
 
@@ -96,4 +102,7 @@ def _unread(view: View, name: str) -> Any:
             found = indexing.explicit_indexing_adapter(key, self.shape, support, lambda rows: view.tokens[name][rows])
             return np.asarray(found)
 
-    return indexing.LazilyIndexedArray(Field())
+        def __reduce__(self) -> tuple[Any, ...]:
+            return _field, (view, name)  # the class is made here, since xarray need not be installed
+
+    return Field()

@@ -17,7 +17,7 @@ from actcache.clients.sources import JoinedSource, Shifted, Source
 from actcache.clients.summary import html_summary, summary
 from actcache.clients.text import Text
 from actcache.clients.whole import Whole
-from actcache.schemas.errors import InvalidInput
+from actcache.schemas.errors import InvalidInput, NotFound
 
 _COUNTED = {"sequence": "n_sequences", "document": "n_documents"}
 SHOWN = 3
@@ -56,6 +56,12 @@ class Joined(Whole):
     def source(self, name: str, kind: str | None = None) -> Source:
         """See `View`."""
         sources = [part.source(name, kind) for part in self.parts]
+        if sources[0].axes == ("token", "site"):
+            raise NotFound(
+                f"{self.url}: the columns of {name!r} may differ from part to part; ds.norm has them by site"
+            )
+        if sources[0].axes[0] != "token":
+            raise NotFound(f"{self.url}: {name!r} is not along the token axis; ask one of ds.parts for it")
         if name in _COUNTED:
             before = accumulate((getattr(part, _COUNTED[name]) for part in self.parts), initial=0)
             sources = [Shifted(source, by) if by else source for source, by in zip(sources, before, strict=False)]

@@ -141,7 +141,7 @@ class Selectable(View):
             InvalidInput: arguments that make no sense.
         """
         view = self.where(**where) if where is not None else self
-        names = self._patterns(sites)
+        names = view._patterns(sites)
         statistics = {name: view.statistics[name] for name in names} if normalise is not None else {}
         return Batches(
             {name: view.source(name) for name in names},
@@ -228,6 +228,7 @@ class Selection(Selectable):
     def __init__(self, base: Selectable, index: Callable[[], TokenIndex], layers: Sequence[int] | None) -> None:
         self._base = base
         self._make_index = index
+        self._index: TokenIndex | None = None
         self._layers = base.layers if layers is None else layers
         self.url = base.url
         self.model = base.model
@@ -238,10 +239,15 @@ class Selection(Selectable):
         self.sites = [site for site in base.sites if not restricted or site in chosen]
         self.quantised = {site: kinds for site, kinds in base.quantised.items() if not restricted or site in chosen}
 
-    @cached_property
+    @property
     def index(self) -> TokenIndex:
-        """See `View`. Found when it is first asked for, and kept."""
-        return self._make_index()
+        """See `View`. Found when it is first asked for, and kept.
+
+        No `cached_property`: until Python 3.12 that holds one lock for all selections, and a mask that Dask computes may ask for another's.
+        """
+        if self._index is None:
+            self._index = self._make_index()
+        return self._index
 
     @property
     def layers(self) -> Sequence[int]:
@@ -321,7 +327,7 @@ class Selection(Selectable):
         return _selection, (self._base, self.index, self._layers)
 
     def __repr__(self) -> str:
-        known = f"{self.n_tokens:,} tokens" if "index" in self.__dict__ else "tokens not looked at yet"
+        known = f"{self.n_tokens:,} tokens" if self._index is not None else "tokens not looked at yet"
         return f"<actcache.Selection of {self.url}: {known}, {len(self.sites)} sites>"
 
 

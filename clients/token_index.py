@@ -126,10 +126,11 @@ class Masked(TokenIndex):
 
     def at(self, positions: np.ndarray) -> np.ndarray:
         """See `TokenIndex`."""
-        pages = np.searchsorted(self._before, positions, side="right") - 1
+        order = np.argsort(positions, kind="stable")
+        pages = np.searchsorted(self._before, positions[order], side="right") - 1
         found = np.empty(len(positions), np.int64)
-        for page in np.unique(pages).tolist():
-            mine = np.flatnonzero(pages == page)
+        for mine in np.split(order, np.flatnonzero(np.diff(pages)) + 1) if len(order) else []:
+            page = int(np.searchsorted(self._before, positions[mine[0]], side="right")) - 1
             before = int(self._before[page])
             found[mine] = self.tokens(before, int(self._before[page + 1]))[positions[mine] - before]
         return found
@@ -142,11 +143,13 @@ class Masked(TokenIndex):
 
     def counts(self, cuts: np.ndarray) -> np.ndarray:
         """See `TokenIndex`."""
-        pages = np.asarray(cuts, np.int64) // PAGE
-        before = [
-            int(self._before[page]) + len(self.within(page * PAGE, cut))
-            for page, cut in zip(pages.tolist(), np.asarray(cuts).tolist(), strict=True)
-        ]
+        cuts = np.minimum(cuts, self.end)  # the bits may end before the axis does
+        before = []
+        for cut in cuts.tolist():
+            page, byte = cut // PAGE, cut // 8
+            whole = np.bitwise_count(self._bits[page * _PAGE_BYTES : byte]).sum()
+            rest = (int(self._bits[byte]) >> (8 - cut % 8)).bit_count() if cut % 8 else 0
+            before.append(int(self._before[page]) + int(whole) + rest)
         return np.diff(np.array(before, np.int64))
 
     @property

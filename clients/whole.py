@@ -96,10 +96,7 @@ class Whole(Selectable):
             raise InvalidInput(f"{self.url}: no sequence has {length} tokens; they have {lengths.min()} to {longest}")
         view: Selectable = self
         if len(chosen) < len(lengths):
-            start = self.sequence_start[chosen]
-            keep = np.zeros(self._n_tokens, bool)
-            keep[(start[:, None] + np.arange(length)).ravel()] = True
-            view = self.where(keep)
+            view = self.where(np.repeat(lengths == length, lengths))
         together = max(1, max(self.source(name).chunks) // length)
         flat = view.site(name, chunks=together * length)
         counts = tuple(rows // length for rows in flat.chunks[0])

@@ -50,6 +50,17 @@ def test_all_of_it_is_what_concatenating_gives(urls: list[str]):
         assert word in ds._repr_html_()
 
 
+def test_what_is_not_along_the_token_axis_is_left_to_the_parts(urls: list[str]):
+    ds = ac.open(urls)
+    for name in ("sequence_start", "document_row", "head/unembedding", f"statistics/{SITE}"):
+        with pytest.raises(ac.NotFound, match=r"ask one of ds\.parts"):
+            ds[name]
+    with pytest.raises(ac.NotFound, match=r"ds\.norm has them by site"):
+        ds["norm/0"]
+    assert len(ds.sequence_start) == ds.n_sequences + 1
+    assert ds.statistics[SITE]["mean"].shape == (ds.d_model,)
+
+
 def test_selections_cross_the_borders(urls: list[str]):
     parts, ds = [ac.open(url) for url in urls], ac.open(urls)
     whole = ds[SITE].compute()

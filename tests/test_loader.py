@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -531,3 +533,30 @@ def test_the_summary_tells_order_and_memory():
     text = repr(make(1000, Span(0, 1000), 100, size=64, shuffle=5, rank=1, world_size=2))
     for word in ("x", "8 batches of 64", "1,000 tokens", "shuffle=5", "epoch 0", "rank 1 of 2", "MB"):
         assert word in text
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_forked_child_does_not_wait_for_the_threads_of_its_parent():
+    iterator = iter(make(4000, Span(0, 4000), 30, size=16, shuffle=0, buffer=100))
+    next(iterator)
+    child = os.fork()
+    if not child:
+        try:
+            for _ in iterator:
+                pass
+        except ac.StoreError:
+            os._exit(7)
+        finally:
+            os._exit(1)
+    ended = (0, 0)
+    for _ in range(300):
+        ended = os.waitpid(child, os.WNOHANG)
+        if ended[0]:
+            break
+        time.sleep(0.1)
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(ended[1]) == 7
+    assert len(list(iterator)) == 249

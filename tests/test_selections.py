@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -254,6 +255,37 @@ def test_xarray_has_coordinates_and_is_lazy(built: str, no_compute: None, monkey
     assert all(variable.chunks is not None for variable in opened.data_vars.values())
 
 
+def test_a_mask_may_be_computed_from_other_selections(ds: ac.Dataset):
+    def mask() -> np.ndarray:
+        return np.arange(ds.n_tokens) < ds.where(position=0).n_tokens
+
+    lazy = da.from_delayed(dask.delayed(mask)(), (ds.n_tokens,), bool)
+    found: list[int] = []
+    asking = threading.Thread(target=lambda: found.append(ds.where(lazy).n_tokens), daemon=True)
+    asking.start()
+    asking.join(60)
+    assert found == [ds.n_sequences]
+
+
+def test_a_mask_may_be_of_any_library(ds: ac.Dataset):
+    pd, torch = pytest.importorskip("pandas"), pytest.importorskip("torch")
+    mask = ds.tokens["position"] > 3
+    for other in (mask.tolist(), pd.Series(mask), torch.from_numpy(mask.copy()), da.from_array(mask, chunks=50)):
+        assert ds.where(other).n_tokens == mask.sum()
+
+
+def test_patterns_of_batches_choose_among_the_sites_of_the_layers_asked_for(ds: ac.Dataset):
+    (batch,) = ds.batches("resid", ds.n_tokens, where={"layer": [0, 2]})
+    assert list(batch) == ["blocks.0.hook_resid_pre", "blocks.1.hook_resid_post", "token"]
+
+
+def test_xarray_travels_unread(ds: ac.Dataset):
+    for view in (ds, ds.where(document=2)):
+        opened = pickle.loads(pickle.dumps(view.to_xarray()))
+        assert np.array_equal(opened["token_id"].values, view.tokens["token_id"])
+        assert np.array_equal(opened[SITE].values, view[SITE].compute())
+
+
 def test_xarray_selects_by_coordinates(ds: ac.Dataset, whole: np.ndarray):
     opened = ds.where(document=2).to_xarray()
     tokens = np.flatnonzero(ds.tokens["document"] == 2)
@@ -349,12 +381,13 @@ def test_wrong_questions_get_clear_answers(ds: ac.Dataset):
 
 
 @given(
-    n=st.integers(1, 3 * PAGE),
+    n=st.integers(1, 3 * PAGE) | st.sampled_from([PAGE - 1, PAGE, PAGE + 1, 2 * PAGE]),
+    beyond=st.sampled_from([0, 1, PAGE, 2 * PAGE]),
     seed=st.integers(0, 999),
     share=st.sampled_from([0.0, 0.001, 0.5, 1.0]),
     data=st.data(),
 )
-def test_token_indexes_count_and_cut_as_numpy_does(n: int, seed: int, share: float, data: st.DataObject):
+def test_token_indexes_count_and_cut_as_numpy_does(n: int, beyond: int, seed: int, share: float, data: st.DataObject):
     rng = np.random.default_rng(seed)
     kept = np.flatnonzero(rng.random(n) < share)
     bits = Masked.empty(n)
@@ -367,7 +400,7 @@ def test_token_indexes_count_and_cut_as_numpy_does(n: int, seed: int, share: flo
         (Span(low, n), np.arange(low, n)),
         (Listed(listed), listed),
     ]
-    cuts = np.unique([0, n, *(data.draw(st.integers(0, n)) for _ in range(3))])
+    cuts = np.unique([0, n, *(data.draw(st.integers(0, n)) for _ in range(3)), n + beyond])
     for index, tokens in cases:
         assert len(index) == len(tokens)
         assert index.end > tokens.max(initial=-1)
@@ -378,4 +411,6 @@ def test_token_indexes_count_and_cut_as_numpy_does(n: int, seed: int, share: flo
         start, stop = sorted(data.draw(st.integers(0, n)) for _ in range(2))
         inside = np.sort(tokens[(tokens >= start) & (tokens < stop)])
         assert np.array_equal(index.within(start, stop), inside)
-        assert np.array_equal(index.counts(cuts), np.histogram(tokens, [*cuts[:-1], n + 1])[0] if len(cuts) > 1 else [])
+        assert np.array_equal(
+            index.counts(cuts), np.histogram(tokens, [*cuts[:-1], cuts[-1] + 1])[0] if len(cuts) > 1 else []
+        )
