@@ -76,11 +76,6 @@ class QuantisedReader(Rows):
         self.shape = codes.shape
         self.dtype = np.dtype(np.float32)
 
-    @property
-    def cuts(self) -> np.ndarray:
-        """See `Rows`."""
-        return self._codes.cuts
-
     def read(self, start: int = 0, stop: int | None = None, dtype: np.dtype | None = None) -> np.ndarray:
         """See `Rows`."""
         codes = self._codes.read(start, stop)

@@ -80,12 +80,6 @@ class ArrayReader(Rows):
         self.dtype = layout.numpy_dtype
         self._indexes: OrderedDict[int, np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
-        self._own = threading.local()
-
-    @property
-    def cuts(self) -> np.ndarray:
-        """See `Rows`."""
-        return np.append(np.arange(self.layout.n_shards) * self.layout.shard_rows, self.layout.rows)
 
     def read(self, start: int = 0, stop: int | None = None, dtype: np.dtype | None = None) -> np.ndarray:
         """See `Rows`."""
@@ -200,9 +194,9 @@ class ArrayReader(Rows):
         ):
             decode_chunk(self.layout, packed, out[want.at], found.where)
             return
-        whole = getattr(self._own, "chunk", None)
-        if whole is None:
-            whole = self._own.chunk = np.empty((self.layout.chunk_rows, *self.layout.row_shape), self.dtype)
+        whole = (
+            _scratch(self.layout.chunk_bytes).view(self.dtype).reshape(self.layout.chunk_rows, *self.layout.row_shape)
+        )
         decode_chunk(self.layout, packed, whole, found.where)
         out[want.at] = whole[want.rows]
 
@@ -230,3 +224,14 @@ def _run(rows: np.ndarray) -> slice | np.ndarray:
     """Rows one after the other as a slice, which numpy copies without a detour; others as they are."""
     first, last = int(rows[0]), int(rows[-1])
     return slice(first, last + 1) if last - first == len(rows) - 1 and (np.diff(rows) == 1).all() else rows
+
+
+_own = threading.local()
+
+
+def _scratch(size: int) -> np.ndarray:
+    """Bytes of this thread's own, for a chunk that is decoded and then copied: they stay in the core's cache."""
+    memory: np.ndarray | None = getattr(_own, "memory", None)
+    if memory is None or len(memory) < size:
+        memory = _own.memory = np.empty(size, np.uint8)
+    return memory[:size]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
+
+ROWS_AT_ONCE = 1 << 18
+"""Rows of all columns that are read to have one of them."""
 
 
 class Rows(ABC):
@@ -14,16 +17,10 @@ class Rows(ABC):
     Attributes:
         shape: (row, …).
         dtype: of the values.
-        cuts: first row of each piece that is one object in the store, then the number of rows: what is cheapest read whole.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
-
-    @property
-    @abstractmethod
-    def cuts(self) -> np.ndarray:
-        """Row splits of the objects, (object + 1,), int64."""
 
     @abstractmethod
     def scatter(self, index: np.ndarray, out: np.ndarray, at: np.ndarray) -> None:
@@ -63,19 +60,15 @@ class Rows(ABC):
 
 
 class JoinedRows(Rows):
-    """Arrays of equal rows, one after the other."""
+    """Arrays of equal rows, one after the other. `parts` open each when it is asked for; `lengths` says how many rows each has."""
 
-    def __init__(self, parts: Sequence[Rows]) -> None:
+    def __init__(
+        self, parts: Sequence[Callable[[], Rows]], lengths: Sequence[int], row_shape: tuple[int, ...], dtype: np.dtype
+    ) -> None:
         self._parts = parts
-        self._starts = np.cumsum([0, *(part.shape[0] for part in parts)])
-        self.shape = (int(self._starts[-1]), *parts[0].shape[1:])
-        self.dtype = parts[0].dtype
-
-    @property
-    def cuts(self) -> np.ndarray:
-        """See `Rows`."""
-        found = [part.cuts[:-1] + start for part, start in zip(self._parts, self._starts, strict=False)]
-        return np.concatenate([*found, self._starts[-1:]])
+        self._starts = np.cumsum([0, *lengths])
+        self.shape = (int(self._starts[-1]), *row_shape)
+        self.dtype = dtype
 
     def scatter(self, index: np.ndarray, out: np.ndarray, at: np.ndarray) -> None:
         """See `Rows`."""
@@ -84,19 +77,19 @@ class JoinedRows(Rows):
         owner = np.searchsorted(self._starts, index, side="right") - 1
         for number in np.unique(owner).tolist():
             mine = np.flatnonzero(owner == number)
-            self._parts[number].scatter(index[mine] - self._starts[number], out, at[mine])
+            self._parts[number]().scatter(index[mine] - self._starts[number], out, at[mine])
 
     def read(self, start: int = 0, stop: int | None = None, dtype: np.dtype | None = None) -> np.ndarray:
         """See `Rows`."""
         stop = self.check_range(start, stop, "rows")
-        pieces = []
-        for part, first in zip(self._parts, self._starts.tolist(), strict=False):
-            low, high = max(start - first, 0), min(stop - first, part.shape[0])
+        out = np.empty((stop - start, *self.shape[1:]), dtype or self.dtype)
+        first = int(np.searchsorted(self._starts, start, side="right")) - 1
+        for number in range(first, int(np.searchsorted(self._starts, stop, side="left"))):
+            own, end = self._starts[number : number + 2].tolist()
+            low, high = max(start, own), min(stop, end)
             if low < high:
-                pieces.append(part.read(low, high, dtype or self.dtype))
-        if len(pieces) == 1:
-            return pieces[0]
-        return np.concatenate([*pieces, np.empty((0, *self.shape[1:]), dtype or self.dtype)])
+                out[low - start : high - start] = self._parts[number]().read(low - own, high - own, out.dtype)
+        return out
 
 
 class ShiftedRows(Rows):
@@ -106,11 +99,6 @@ class ShiftedRows(Rows):
         self._base = base
         self._by = by
         self.shape, self.dtype = base.shape, base.dtype
-
-    @property
-    def cuts(self) -> np.ndarray:
-        """See `Rows`."""
-        return self._base.cuts
 
     def scatter(self, index: np.ndarray, out: np.ndarray, at: np.ndarray) -> None:
         """See `Rows`."""
@@ -129,18 +117,18 @@ class ColumnRows(Rows):
         self._column = column
         self.shape, self.dtype = base.shape[:1], base.dtype
 
-    @property
-    def cuts(self) -> np.ndarray:
-        """See `Rows`."""
-        return self._base.cuts
-
     def scatter(self, index: np.ndarray, out: np.ndarray, at: np.ndarray) -> None:
         """See `Rows`."""
         out[at] = self._base.take(index)[:, self._column]
 
     def read(self, start: int = 0, stop: int | None = None, dtype: np.dtype | None = None) -> np.ndarray:
         """See `Rows`."""
-        return np.ascontiguousarray(self._base.read(start, stop, dtype)[:, self._column])
+        stop = self.check_range(start, stop, "rows")
+        out = np.empty(stop - start, dtype or self.dtype)
+        for low in range(start, stop, ROWS_AT_ONCE):
+            high = min(low + ROWS_AT_ONCE, stop)
+            out[low - start : high - start] = self._base.read(low, high)[:, self._column]
+        return out
 
 
 def check_index(index: np.ndarray, rows: int, name: str) -> None:

@@ -174,7 +174,8 @@ class JoinedSource(Source):
 
     def open(self) -> Rows:
         """See `Source`."""
-        return JoinedRows([part.open() for part in self._parts])
+        lengths = [part.shape[0] for part in self._parts]
+        return JoinedRows([part.open for part in self._parts], lengths, self.shape[1:], self.dtype)
 
     @property
     def key(self) -> tuple[object, ...]:

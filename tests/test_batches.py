@@ -175,7 +175,9 @@ def test_a_rule_comes_back_from_its_bytes(rule: BatchRule):
     assert BatchRule.from_bytes(data, "rule") == rule
 
 
-@pytest.mark.parametrize("path", sorted((GOLDEN / "1.0").rglob("plan.json")), ids=lambda path: str(path.relative_to(GOLDEN)))
+@pytest.mark.parametrize(
+    "path", sorted((GOLDEN / "1.0").rglob("plan.json")), ids=lambda path: str(path.relative_to(GOLDEN))
+)
 def test_a_plan_of_before_keeps_its_rule(path: Path):
     before = json.loads(path.read_bytes())
     plan = Plan.from_bytes(path.read_bytes(), str(path))
