@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -60,14 +59,6 @@ class Dataset(Whole):
         self.generations: tuple[Generation, ...] = attributes.generations
         self.provenance: Provenance = attributes.generations[0].provenance
         self.model: ModelShape = self.provenance.model
-
-    def __contains__(self, name: object) -> bool:
-        """Whether there is an array of that name."""
-        return name in self._root.layouts
-
-    def __iter__(self) -> Iterator[str]:
-        """The sites, in model order."""
-        return iter(self.sites)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A dataset travels as its location: without credentials, which are found anew where it arrives."""
@@ -128,13 +119,9 @@ class Dataset(Whole):
         return [site for site in residual_stream(self.model.n_layers) if site in self.sites or site in self._forms]
 
     @cached_property
-    def norm(self) -> dict[str, np.ndarray]:
+    def norm(self) -> Columns:
         """See `View`."""
-        columns: dict[str, np.ndarray] = {}
-        for name, sites in self._norm_arrays().items():
-            rows = self.source(name).open().read()
-            columns |= {site: rows[:, index] for index, site in enumerate(sites)}
-        return columns
+        return Columns(f"{self.url}: no site", self.captured, lambda site: self.norm_source(site).open().read())
 
     def _norm_arrays(self) -> dict[str, tuple[str, ...]]:
         """The sites of each array of norms."""

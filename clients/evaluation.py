@@ -6,20 +6,23 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from actcache.clients.whole import Whole
 from actcache.schemas.errors import InvalidInput
 
 if TYPE_CHECKING:
-    from actcache.clients.dataset import Dataset
+    from actcache.clients.view import View
 
 
-def pairs(ds: Dataset, max_tokens: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+def pairs(ds: View, max_tokens: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Every token that has a successor in its sequence, and the successor's id: two (pair,) arrays, int64.
 
     Only tokens among the first `max_tokens` if that is given.
 
     Raises:
-        InvalidInput: there is none.
+        InvalidInput: there is none, or it is a selection, whose tokens need not follow each other.
     """
+    if not isinstance(ds, Whole):
+        raise InvalidInput(f"{ds.url}: a whole dataset is asked for, not a selection")
     ids = ds.tokens["token_id"].astype(np.int64)
     inside = np.ones(len(ids), bool)
     inside[ds.sequence_start[1:] - 1] = False

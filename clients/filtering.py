@@ -39,6 +39,8 @@ def kept(
         InvalidInput: a mask has another length.
     """
     for mask in masks:
+        if np.isnan(mask.shape[0]):
+            raise InvalidInput("where(mask): a Dask mask of unknown length; call its compute_chunk_sizes() first")
         if mask.shape != (len(index),):
             raise InvalidInput(
                 f"where(mask): {mask.shape[0]:,} values for the {len(index):,} tokens of what it is asked of"

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from actcache.clients.view import View
 
 
+PLACES = "token"
+"""The coordinate that says where tokens stand on the dataset's token axis."""
+
+
 def zarr_group(store: Store) -> zarr.Group:
     """A dataset as a zarr-python group, read-only, over the same connection, and past a local cache.
 
@@ -50,7 +54,7 @@ def to_xarray(view: View) -> xarray.Dataset:
     names = [name for name in view.fields if name in TOKEN_DTYPES]
     coordinates: dict[str, Any] = {name: xarray.Variable(("token",), _unread(view, name)) for name in names}
     if not (isinstance(view.index, Span) and view.index.start == 0):
-        coordinates["token"] = (("token",), view.index.tokens(0, view.n_tokens))
+        coordinates["token"] = xarray.Variable(("token",), _unread(view, PLACES))
     variables: dict[str, Any] = {name: (("token",), view[name]) for name in view.fields if name not in names}
     for site in view.sites:
         source = view.source(site)
@@ -95,12 +99,15 @@ def _field(view: View, name: str) -> Any:
 
     class Field(BackendArray):
         shape = (view.n_tokens,)
-        dtype = view.source(name).dtype
+        dtype = np.dtype(np.int64) if name == PLACES else view.source(name).dtype
 
         def __getitem__(self, key: Any) -> np.ndarray:
             support = indexing.IndexingSupport.OUTER_1VECTOR
-            found = indexing.explicit_indexing_adapter(key, self.shape, support, lambda rows: view.tokens[name][rows])
+            found = indexing.explicit_indexing_adapter(key, self.shape, support, lambda rows: self._all()[rows])
             return np.asarray(found)
+
+        def _all(self) -> np.ndarray:
+            return view.index.tokens(0, view.n_tokens) if name == PLACES else view.tokens[name]
 
         def __reduce__(self) -> tuple[Any, ...]:
             return _field, (view, name)  # the class is made here, since xarray need not be installed

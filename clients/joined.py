@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
@@ -48,10 +48,6 @@ class Joined(Whole):
         self._n_tokens = sum(part.n_tokens for part in parts)
         self.n_sequences = sum(part.n_sequences for part in parts)
         self.n_documents = sum(part.n_documents for part in parts)
-
-    def __iter__(self) -> Iterator[str]:
-        """The sites, in model order."""
-        return iter(self.sites)
 
     def source(self, name: str, kind: str | None = None) -> Source:
         """See `View`."""

@@ -11,11 +11,12 @@ from actcache.schemas.sites import residual_stream
 
 if TYPE_CHECKING:
     from actcache.clients.dataset import Dataset
+    from actcache.clients.joined import Joined
 
 TOKENS_AT_ONCE = 2048
 
 
-def logit(ds: Dataset, max_tokens: int | None = None, quantised: str | None = None) -> dict[str, np.ndarray]:
+def logit(ds: Dataset | Joined, max_tokens: int | None = None, quantised: str | None = None) -> dict[str, np.ndarray]:
     """The logit lens (nostalgebraist 2020): each residual state read by the final norm and unembedding.
 
     Goes over every token that has a successor in its sequence, or those among the first `max_tokens`. Returns, per layer
@@ -27,12 +28,12 @@ def logit(ds: Dataset, max_tokens: int | None = None, quantised: str | None = No
 
     Raises:
         NotFound: the dataset has no head, or lacks, in the form asked for, a state of the residual stream.
-        InvalidInput: no token has a successor.
+        InvalidInput: no token has a successor, or it is a selection.
     """
-    head = ds.head
     sites = residual_stream(ds.model.n_layers)
-    layers = len(sites) if quantised is not None else ds.resid.shape[0]
     token, successor = pairs(ds, max_tokens)
+    head = ds.head
+    layers = len(sites) if quantised is not None else ds.resid.shape[0]
     totals = {name: np.zeros(layers) for name in ("loss", "kl", "entropy", "agreement")}
     for first in range(0, len(token), TOKENS_AT_ONCE):
         at, target = token[first : first + TOKENS_AT_ONCE], successor[first : first + TOKENS_AT_ONCE]

@@ -35,10 +35,6 @@ class TokenIndex(ABC):
         """The tokens at some positions, in any order, (n,)."""
 
     @abstractmethod
-    def part(self, low: int, high: int) -> TokenIndex:
-        """The tokens at positions [low, high) by themselves, in as little memory as they take."""
-
-    @abstractmethod
     def within(self, start: int, stop: int) -> np.ndarray:
         """The view's tokens in [start, stop) of the token axis, ascending, as often as the view has them."""
 
@@ -75,10 +71,6 @@ class Span(TokenIndex):
         """See `TokenIndex`."""
         return positions + self.start
 
-    def part(self, low: int, high: int) -> TokenIndex:
-        """See `TokenIndex`."""
-        return Span(self.start + low, self.start + high)
-
     def within(self, start: int, stop: int) -> np.ndarray:
         """See `TokenIndex`."""
         return np.arange(max(start, self.start), max(start, self.start, min(stop, self.stop)))
@@ -99,11 +91,10 @@ class Span(TokenIndex):
 
 
 class Masked(TokenIndex):
-    """The tokens whose bit is set, ascending; the first bit is that of the token `first`. A token takes one bit of memory."""
+    """The tokens whose bit is set, ascending. A token takes one bit of memory."""
 
-    def __init__(self, bits: np.ndarray, first: int = 0) -> None:
+    def __init__(self, bits: np.ndarray) -> None:
         self._bits = bits
-        self._first = first
         pages = np.bitwise_count(bits).reshape(-1, _PAGE_BYTES).sum(axis=1, dtype=np.int64)
         self._before = np.concatenate([[0], np.cumsum(pages)])
 
@@ -134,9 +125,7 @@ class Masked(TokenIndex):
             return np.empty(0, np.int64)
         first = int(np.searchsorted(self._before, low, side="right")) - 1
         last = int(np.searchsorted(self._before, high, side="left"))
-        found = np.flatnonzero(np.unpackbits(self._bits[first * _PAGE_BYTES : last * _PAGE_BYTES])) + (
-            self._first + first * PAGE
-        )
+        found = np.flatnonzero(np.unpackbits(self._bits[first * _PAGE_BYTES : last * _PAGE_BYTES])) + first * PAGE
         skipped = low - int(self._before[first])
         return found[skipped : skipped + high - low]
 
@@ -151,30 +140,16 @@ class Masked(TokenIndex):
             found[mine] = self.tokens(before, int(self._before[page + 1]))[positions[mine] - before]
         return found
 
-    def part(self, low: int, high: int) -> TokenIndex:
-        """See `TokenIndex`."""
-        tokens = self.tokens(low, high)
-        if not len(tokens):
-            return Span(0, 0)
-        if tokens[-1] - tokens[0] + 1 == len(tokens):
-            return Span(int(tokens[0]), int(tokens[-1]) + 1)
-        first = int(tokens[0]) // 8 * 8
-        if int(tokens[-1]) - first > 8 * SPARSE * len(tokens):
-            return Listed(tokens)
-        bits = Masked.empty(int(tokens[-1]) + 1 - first)
-        Masked.mark(bits, tokens - first)
-        return Masked(bits, first)
-
     def within(self, start: int, stop: int) -> np.ndarray:
         """See `TokenIndex`."""
-        low, high = (min(max(edge - self._first, 0), 8 * len(self._bits)) for edge in (start, stop))
+        low, high = (min(max(edge, 0), 8 * len(self._bits)) for edge in (start, stop))
         byte = low // 8
-        found = np.flatnonzero(np.unpackbits(self._bits[byte : -(-high // 8)])) + (self._first + byte * 8)
+        found = np.flatnonzero(np.unpackbits(self._bits[byte : -(-high // 8)])) + byte * 8
         return found[np.searchsorted(found, start) : np.searchsorted(found, stop)]
 
     def counts(self, cuts: np.ndarray) -> np.ndarray:
         """See `TokenIndex`."""
-        cuts = np.clip(cuts - self._first, 0, 8 * len(self._bits))  # the bits may end before the axis does
+        cuts = np.minimum(cuts, self.end)  # the bits may end before the axis does
         before = []
         for cut in cuts.tolist():
             page, byte = cut // PAGE, cut // 8
@@ -186,12 +161,12 @@ class Masked(TokenIndex):
     @property
     def end(self) -> int:
         """See `TokenIndex`."""
-        return self._first + 8 * len(self._bits)
+        return 8 * len(self._bits)
 
     @cached_property
     def key(self) -> tuple[object, ...]:
         """See `TokenIndex`."""
-        return ("masked", self._first, sha256(self._bits.data).hexdigest())
+        return ("masked", sha256(self._bits.data).hexdigest())
 
 
 class Listed(TokenIndex):
@@ -216,10 +191,6 @@ class Listed(TokenIndex):
     def at(self, positions: np.ndarray) -> np.ndarray:
         """See `TokenIndex`."""
         return np.asarray(self._listed[positions])
-
-    def part(self, low: int, high: int) -> TokenIndex:
-        """See `TokenIndex`."""
-        return Listed(self._listed[low:high].copy())
 
     def within(self, start: int, stop: int) -> np.ndarray:
         """See `TokenIndex`."""

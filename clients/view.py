@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -128,6 +128,18 @@ class View(ABC):
             return self.site(name)
         source = self.source(name)
         return lazy(source, self._index_of(source), source.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        """The sites, in model order."""
+        return iter(self.sites)
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is an array of that name."""
+        try:
+            self.source(str(name))
+        except NotFound:
+            return False
+        return True
 
     def site(
         self,

@@ -378,6 +378,19 @@ def test_wrong_questions_get_clear_answers(ds: ac.Dataset):
         ds.at([0.5])
     with pytest.raises(ac.NotFound, match="not along the token axis"):
         ds.where(position=1)["sequence_start"]
+    with pytest.raises(ac.InvalidInput, match="a whole dataset is asked for"):
+        ac.lens.logit(ds.where(position=1))  # type: ignore[arg-type]
+    with pytest.raises(ac.InvalidInput, match="compute_chunk_sizes"):
+        every = da.from_array(np.ones(50, bool), chunks=10)
+        _ = ds.where(every[every]).n_tokens
+
+
+def test_a_view_iterates_over_its_sites_and_knows_its_arrays(ds: ac.Dataset):
+    for view in (ds, ds.where(position=1), ac.open([ds.url, ds.url])):
+        assert list(view) == ds.sites
+        assert SITE in view
+        assert "token_id" in view
+        assert "nothing" not in view
 
 
 @given(
@@ -406,10 +419,6 @@ def test_token_indexes_count_and_cut_as_numpy_does(n: int, beyond: int, seed: in
         assert index.end > tokens.max(initial=-1)
         a, b = sorted(data.draw(st.integers(0, len(tokens))) for _ in range(2))
         assert np.array_equal(index.tokens(a, b), tokens[a:b])
-        part = index.part(a, b)
-        assert np.array_equal(part.tokens(0, len(part)), tokens[a:b])
-        assert np.array_equal(part.within(low, n), np.sort(tokens[a:b][tokens[a:b] >= low]))
-        assert part.end > tokens[a:b].max(initial=-1)
         some = rng.integers(0, len(tokens), 9) if len(tokens) else np.empty(0, np.int64)
         assert np.array_equal(index.at(some), tokens[some])
         start, stop = sorted(data.draw(st.integers(0, n)) for _ in range(2))
