@@ -6,7 +6,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import chain, islice, repeat
+from itertools import chain, islice
 from threading import Lock
 from typing import TypeVar
 
@@ -35,10 +35,15 @@ class _Threads:
             self.decoding += 1 + helpers
             return helpers
 
-    def leave(self, count: int) -> None:
-        """Count so many out."""
+    def leave(self) -> None:
+        """Count one out."""
         with self.lock:
-            self.decoding -= count
+            self.decoding -= 1
+
+    @property
+    def crowded(self) -> bool:
+        """Whether more threads decode than there are cores: then who only helps had better stop."""
+        return self.decoding > self.cores
 
 
 _threads: _Threads | None = None
@@ -96,34 +101,44 @@ def spread(work: Callable[[T], object], items: Sequence[T]) -> None:
     What it raises first is raised, when nothing of it runs any more.
     """
     threads = _all()
-    helpers = threads.enter(len(items) - 1)
     todo = iter(items)
     lock = Lock()
 
-    def run(_: object = None) -> None:
-        while True:
-            with lock:
-                item = next(todo, _END)
-            if item is _END:
-                return
-            try:
-                work(item)  # type: ignore[arg-type]
-            except BaseException:
-                with lock:
-                    for _ in todo:
-                        pass
-                raise
-
-    try:
-        futures = [threads.decoders.submit(run) for _ in repeat(None, helpers)]
+    def do_next() -> bool:
+        with lock:
+            item = next(todo, _END)
+        if item is _END:
+            return False
         try:
-            run()
+            work(item)  # type: ignore[arg-type]
+        except BaseException:
+            with lock:
+                for _ in todo:
+                    pass
+            raise
+        return True
+
+    def help_out() -> None:
+        try:
+            while not threads.crowded and do_next():
+                pass
         finally:
-            failed = [error for future in futures if (error := future.exception()) is not None]
-        if failed:
-            raise failed[0]
+            threads.leave()
+
+    futures = [threads.decoders.submit(help_out) for _ in range(threads.enter(len(items) - 1))]
+    failed: list[BaseException] = []
+    try:
+        while do_next():
+            pass
     finally:
-        threads.leave(1 + helpers)
+        threads.leave()
+        for future in futures:
+            if future.cancel():
+                threads.leave()
+            elif (error := future.exception()) is not None:
+                failed.append(error)
+    if failed:
+        raise failed[0]
 
 
 _END = object()
