@@ -86,7 +86,9 @@ class Batches:
             raise InvalidInput(f"rank={rank}: of {world_size} ranks, the last is {world_size - 1}")
         self.drop_last = bool(drop_last)
         self.fields = fields_of(sources, columns or {}, dtype, normalise, statistics or {})
-        self._arrays = {field.name: _content(field, normalise if field.name in sources else None) for field in self.fields}
+        self._arrays = {
+            field.name: _content(field, normalise if field.name in sources else None) for field in self.fields
+        }
         self.index = index
         self._cuts = cuts(self.fields[0].source)
         self._recycled = Recycled(self.prefetch + 1)

@@ -35,7 +35,7 @@ class TorchBatches:
         self.pin_memory = pin_memory
         self.device = device
         self._given: int | None = None
-        self._told = torch.tensor([batches.epoch], dtype=torch.int64).share_memory_()
+        self._told = _shared(torch.tensor([batches.epoch], dtype=torch.int64))
         """The epoch, in memory that workers share with the process that has begun them."""
         self._seen = batches.epoch
         """What it was when this process last looked."""
@@ -135,8 +135,13 @@ def _again(
 ) -> TorchBatches:
     """A dataset that has arrived in another process. Only torch's own pickling lets it share memory with where it comes from."""
     dataset = torch_batches(batches, pin_memory, device)
-    dataset._told, dataset._seen = told.share_memory_(), seen
+    dataset._told, dataset._seen = _shared(told), seen
     return dataset
+
+
+def _shared(memory: torch.Tensor) -> torch.Tensor:
+    shared: torch.Tensor = memory.share_memory_()  # type: ignore[no-untyped-call]
+    return shared
 
 
 @cache

@@ -264,7 +264,9 @@ def test_a_state_of_other_content_is_refused_by_name():
         source = numbered(n, 3, cut(n, 30), "float16", values)
         ids = numbered(n, 1, (n,), "int32", "token_id")
         statistics = {name: (np.zeros(3), np.ones(3))}
-        return Batches({name: source}, Span(0, n), 20, shuffle=3, statistics=statistics, columns={"ids": ids}, **arguments)
+        return Batches(
+            {name: source}, Span(0, n), 20, shuffle=3, statistics=statistics, columns={"ids": ids}, **arguments
+        )
 
     state = json.loads(json.dumps(batches().state_dict()))
     batches().load_state_dict(state)
