@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import obstore
 import obstore.exceptions as failures
@@ -29,14 +29,20 @@ CLIENT: ClientConfig = {"connect_timeout": timedelta(seconds=10), "timeout": tim
 RETRY: RetryConfig = {"max_retries": 8, "retry_timeout": timedelta(minutes=3)}
 PART_BYTES = 8 << 20
 GAP_BYTES = 512 << 10
+ANY_BYTES = 1 << 62
+Found = TypeVar("Found")
 _memories: dict[str, ObstoreMemory] = {}
+
+
+class _NotSupported(StoreError):
+    """The server answered, but not what was asked, such as a whole object where a range was."""
 
 
 class RemoteStore(Store):
     """A store behind obstore. One PUT is atomic and carries `If-None-Match: *`."""
 
     objects: ObstoreS3 | ObstoreHttp | ObstoreMemory
-    part_bytes = PART_BYTES
+    part_bytes: int | None = PART_BYTES
     gap_bytes = GAP_BYTES
 
     def get(self, key: str, limit: int | None = None) -> memoryview:
@@ -115,6 +121,8 @@ class RemoteStore(Store):
             raise StoreError(
                 f"{where}: access refused ({_reason(error)}); check the credentials, then run the same command again"
             ) from None
+        except failures.NotSupportedError as error:
+            raise _NotSupported(f"{where}: the store failed: {_reason(error)}") from None
         except failures.BaseError as error:
             raise StoreError(f"{where}: the store failed: {_reason(error)}") from None
 
@@ -174,12 +182,47 @@ class S3Store(RemoteStore):
 
 
 class HttpStore(RemoteStore):
-    """A dataset behind a plain web server: read-only, without listings."""
+    """A dataset behind a plain web server: read-only, without listings.
+
+    Where the server turns out to know no ranges, whole objects are fetched and cut, and readers are told to ask for those.
+    """
+
+    _has_ranges = True
 
     def __init__(self, location: Location) -> None:
         self.location = location
         client: ClientConfig = {**CLIENT, "allow_http": location.scheme == "http"}
         self.objects = ObstoreHttp.from_url(location.url, client_options=client, retry_config=RETRY)
+
+    def get_range(self, key: str, start: int, length: int) -> memoryview:
+        """See `Store`."""
+        if length == 0:
+            return memoryview(b"")
+        found = self._if_ranges(super().get_range, key, start, length)
+        return self.get(key)[start : start + length] if found is None else found
+
+    def get_end(self, key: str, length: int) -> memoryview:
+        """See `Store`."""
+        found = self._if_ranges(super().get_end, key, length)
+        return _end(self.get(key), length) if found is None else found
+
+    def get_tail(self, key: str, length: int) -> tuple[memoryview, int]:
+        """See `Store`."""
+        found = self._if_ranges(super().get_tail, key, length)
+        if found is None:
+            whole = self.get(key)
+            return _end(whole, length), len(whole)
+        return found
+
+    def _if_ranges(self, ask: Callable[..., Found], *asked: Any) -> Found | None:
+        """What a request for a range gives, or None from a server that knows none."""
+        if self._has_ranges:
+            try:
+                return ask(*asked)
+            except _NotSupported:
+                self._has_ranges = False
+                self.part_bytes, self.gap_bytes = None, ANY_BYTES
+        return None
 
     def put_new(self, key: str, data: bytes | bytearray | memoryview) -> bool:
         """Raises `Unsupported`: HTTP is read-only."""
@@ -233,6 +276,10 @@ def _check_process(where: Location) -> None:
             "by 'spawn' or 'forkserver' (DataLoader(…, multiprocessing_context='forkserver'))"
         )
     _Connections.opened = True
+
+
+def _end(data: memoryview, length: int) -> memoryview:
+    return data[max(0, len(data) - length) :]
 
 
 def _reason(error: BaseException) -> str:

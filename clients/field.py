@@ -76,7 +76,9 @@ def fields_of(
     if not sources:
         raise InvalidInput("batches of no site; name at least one")
     if dtype not in ("float32", "stored"):
-        raise InvalidInput(f"dtype={dtype!r}: there is 'float32' and 'stored'")
+        raise InvalidInput(
+            f"dtype={dtype!r}: there is 'float32' and 'stored', and of a dataset's sites 'int8' and 'fp8'"
+        )
     if normalise is not None and dtype == "stored":
         raise InvalidInput(f"normalise={normalise!r} with dtype='stored': normalised values are float32")
     twice = sorted({*sources, TOKEN} & {*columns} | {TOKEN} & {*sources})

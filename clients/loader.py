@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from actcache.cache.cores import available_cores
 from actcache.cache.reader import AHEAD_BYTES
 from actcache.clients.buffered import PLACE_BYTES, READERS, Batch, Buffered, Memory, buffer_places
-from actcache.clients.field import fields_of
+from actcache.clients.field import Field, fields_of
 from actcache.clients.normalise import How
 from actcache.clients.recycled import Recycled
 from actcache.clients.shuffle import Plan, Share
@@ -19,9 +19,11 @@ from actcache.clients.token_index import TokenIndex
 from actcache.schemas.canonical import digest
 from actcache.schemas.errors import InvalidInput
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 CHUNK_BYTES = 1 << 20
 ONE_PROCESS = (0, 1)
+CONTENT = ("dtype", "normalise", "the stored values")
+"""What a state tells of each array."""
 BUFFER = 1 << 20
 """Tokens of a window, unless asked otherwise."""
 
@@ -84,6 +86,9 @@ class Batches:
             raise InvalidInput(f"rank={rank}: of {world_size} ranks, the last is {world_size - 1}")
         self.drop_last = bool(drop_last)
         self.fields = fields_of(sources, columns or {}, dtype, normalise, statistics or {})
+        self._arrays = {
+            field.name: _content(field, normalise if field.name in sources else None) for field in self.fields
+        }
         self.index = index
         self._cuts = cuts(self.fields[0].source)
         self._recycled = Recycled(self.prefetch + 1)
@@ -138,13 +143,16 @@ class Batches:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the iteration that was begun last stands, as JSON takes it: batches that were given out, not those made ahead."""
-        return {"version": STATE_VERSION, **self._order, "epoch": self.epoch, "batches": self._given}
+        arrays = {name: list(content) for name, content in self._arrays.items()}
+        return {"version": STATE_VERSION, **self._order, "arrays": arrays, "epoch": self.epoch, "batches": self._given}
 
     def load_state_dict(self, state: Mapping[str, Any], worker: int = 0, workers: int = 1) -> None:
         """Let the next iteration go on where a state was taken, in its epoch: it is then as if it had not been interrupted.
 
+        A dataset may have been copied elsewhere meanwhile.
+
         Raises:
-            InvalidInput: the state is of another version, of other tokens or of other arguments.
+            InvalidInput: the state is of another version, of other tokens, of other content or of other arguments.
         """
         self._worker = (worker, workers)
         if state.get("version") != STATE_VERSION:
@@ -154,6 +162,7 @@ class Batches:
                 raise InvalidInput(
                     f"the state is of {name} {state.get(name)!r}, not {value!r}; use what it was taken with"
                 )
+        self._check_arrays(state.get("arrays") or {})
         epoch = _whole("the state's epoch", state.get("epoch"), 0)
         self.set_epoch(epoch)
         batches = _whole("the state's batches", state.get("batches"), 0)
@@ -161,6 +170,18 @@ class Batches:
             raise InvalidInput(f"the state is of {batches} batches, and there are {self._plan.n_batches}")
         self._begin = self._given = batches
         self._running = None
+
+    def _check_arrays(self, arrays: Mapping[str, Sequence[Any]]) -> None:
+        if set(arrays) != set(self._arrays):
+            raise InvalidInput(
+                f"the state is of the arrays {', '.join(arrays)}, not {', '.join(self._arrays)}; use what it was taken with"
+            )
+        for name, content in self._arrays.items():
+            for what, value, was in zip(CONTENT, content, arrays[name], strict=True):
+                if was != value:
+                    raise InvalidInput(
+                        f"{name}: the state is of {what} {was!r}, not {value!r}; use what it was taken with"
+                    )
 
     @property
     def memory_bytes(self) -> int:
@@ -223,6 +244,11 @@ class Batches:
             "worker": self._worker[0],
             "workers": self._worker[1],
         }
+
+
+def _content(field: Field, normalise: How | None) -> tuple[str, str | None, str]:
+    """What decides an array's values in a batch, beside the tokens: see `CONTENT`. JSON takes it."""
+    return str(field.dtype), normalise, digest([repr(field.source.content)])[:16]
 
 
 def _whole(name: str, value: Any, least: int, what: str = "a whole number") -> int:

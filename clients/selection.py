@@ -16,7 +16,8 @@ from actcache.clients.normalise import How
 from actcache.clients.sources import Source, read
 from actcache.clients.token_index import Listed, TokenIndex
 from actcache.clients.view import View
-from actcache.schemas.errors import InvalidInput
+from actcache.schemas.errors import InvalidInput, NotFound
+from actcache.schemas.quantised import KINDS, Kind
 from actcache.schemas.sites import expand, residual_stream
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ class Selectable(View):
         epoch: int = 0,
         where: Mapping[str, Any] | None = None,
         columns: str | Sequence[str] = (),
-        dtype: Literal["float32", "stored"] = "float32",
+        dtype: Literal["float32", "stored", "int8", "fp8"] = "float32",
         normalise: How | None = None,
         buffer: int = BUFFER,
         drop_last: bool = False,
@@ -128,7 +129,8 @@ class Selectable(View):
             epoch: which of the orders of that seed; `set_epoch` changes it.
             where: conditions, as `where` takes them.
             columns: fields that go along, such as `token_id`.
-            dtype: `float32`, or `stored`, as they are.
+            dtype: `float32`; `stored`, as they are; or `int8` or `fp8`, the values of that quantised form, float32. Patterns then
+                choose among the sites that have it.
             normalise: `center`, `standard` or `scale`, by the statistics of the whole dataset; see docs/reading.md.
             buffer: tokens among which a shuffle mixes.
             drop_last: leave out what would make a short batch; every rank then gives the same number of batches.
@@ -137,20 +139,21 @@ class Selectable(View):
             prefetch: batches that are made ahead.
 
         Raises:
-            NotFound: no such site or field.
+            NotFound: no such site or field, or a site that is not stored in that form.
             InvalidInput: arguments that make no sense.
         """
         view = self.where(**where) if where is not None else self
-        names = view._patterns(sites)
+        kind = _kind(dtype)
+        names = view._patterns(sites, kind)
         statistics = {name: view.statistics[name] for name in names} if normalise is not None else {}
         return Batches(
-            {name: view.source(name) for name in names},
+            {name: view.source(name, kind) for name in names},
             view.index,
             size,
             shuffle=shuffle,
             epoch=epoch,
             buffer=buffer,
-            dtype=dtype,
+            dtype="float32" if kind is not None else dtype,  # type: ignore[arg-type]  # that is none of a quantised form
             normalise=normalise,
             statistics={name: (found["mean"], found["variance"]) for name, found in statistics.items()},
             columns={name: view.field_source(name) for name in ([columns] if isinstance(columns, str) else columns)},
@@ -195,6 +198,8 @@ class Selectable(View):
     def activations(self, site: str, size: int = 4096, *, shuffle: int = 0, **options: Any) -> ActivationSource:
         """An endless source of tensors (size, d_model) of one site, each epoch in another order: see `ActivationSource`. Needs torch.
 
+        `options` are those of `torch`, such as `dtype="int8"` for the values of that quantised form.
+
         Raises:
             NotFound, InvalidInput: as `torch`; not one full batch in an epoch.
         """
@@ -203,20 +208,32 @@ class Selectable(View):
         config = {"url": self.url, "site": site, "size": size, "shuffle": shuffle}
         config |= {name: value for name, value in options.items() if isinstance(value, str | int | float | bool)}
         batches = self.torch(site, size, shuffle=shuffle, drop_last=True, **options)
-        return ActivationSource(batches, site, self.source(site).shape[1], config)
+        return ActivationSource(batches, site, self.source(site, _kind(options.get("dtype"))).shape[1], config)
 
-    def _patterns(self, sites: str | Sequence[str]) -> list[str]:
-        """The sites that names and patterns choose, in their order where they are names."""
+    def _patterns(self, sites: str | Sequence[str], kind: Kind | None) -> list[str]:
+        """The sites, of those that have a quantised form with a `kind`, that names and patterns choose; names in their order."""
         asked = [sites] if isinstance(sites, str) else list(sites)
-        if all(name in self.sites for name in asked):
+        there = self.sites if kind is None else [site for site, kinds in self.quantised.items() if kind in kinds]
+        if all(name in there for name in asked):
             return list(dict.fromkeys(asked))
-        if len(asked) == 1 and asked[0] in self.quantised:
-            raise self._no_site(asked[0])
+        for pattern in asked:
+            if not self._matching(pattern, there):
+                name = next(iter(self._matching(pattern, self.captured)), pattern)
+                known = kind is not None and name in self.captured
+                raise self._no_form(name, kind) if known else self._no_site(name)
+        return expand(asked, there, self.model.n_layers)
+
+    def _matching(self, pattern: str, among: Sequence[str]) -> list[str]:
         try:
-            return expand(asked, self.sites, self.model.n_layers)
+            return expand([pattern], among, self.model.n_layers)
         except InvalidInput:
-            known = [name for name in asked if name not in self.sites]
-            raise self._no_site(known[0]) from None
+            return []
+
+    def _no_form(self, name: str, kind: str | None) -> NotFound:
+        forms = ", ".join(self.quantised.get(name, ())) or "no quantised form"
+        return NotFound(
+            f"{self.url}: site {name!r} is not stored as {kind!r}; there is {forms} (ds.quantised lists all)"
+        )
 
 
 class Selection(Selectable):
@@ -329,6 +346,11 @@ class Selection(Selectable):
     def __repr__(self) -> str:
         known = f"{self.n_tokens:,} tokens" if self._index is not None else "tokens not looked at yet"
         return f"<actcache.Selection of {self.url}: {known}, {len(self.sites)} sites>"
+
+
+def _kind(dtype: str | None) -> Kind | None:
+    """The quantised form that a dtype asks for, if it does."""
+    return next((kind for kind in KINDS if kind == dtype), None)
 
 
 def _selection(base: Selectable, index: TokenIndex, layers: Sequence[int]) -> Selection:

@@ -48,8 +48,18 @@ class Source(ABC):
 
     @property
     @abstractmethod
+    def places(self) -> tuple[str, ...]:
+        """The URLs that it is read from."""
+
+    @property
+    @abstractmethod
+    def content(self) -> tuple[object, ...]:
+        """What tells its content from that of others, wherever it lies: a copy of it has the same."""
+
+    @property
     def key(self) -> tuple[object, ...]:
-        """What tells its content from that of others."""
+        """What tells it from others, copies of it too."""
+        return ("actcache", self.places, self.content)
 
     def __dask_tokenize__(self) -> tuple[object, ...]:
         return self.key
@@ -78,9 +88,14 @@ class StoredSource(Source):
         return _reader(self._location, self._manifest, self._layout)
 
     @property
-    def key(self) -> tuple[object, ...]:
+    def places(self) -> tuple[str, ...]:
         """See `Source`."""
-        return ("actcache", self._location.url, self._manifest, self.name, digest(self._layout.document()))
+        return (self._location.url,)
+
+    @property
+    def content(self) -> tuple[object, ...]:
+        """See `Source`."""
+        return (self._manifest, self.name, digest(self._layout.document()))
 
 
 class Shifted(Source):
@@ -101,9 +116,14 @@ class Shifted(Source):
         return ShiftedRows(self._base.open(), self._by)
 
     @property
-    def key(self) -> tuple[object, ...]:
+    def places(self) -> tuple[str, ...]:
         """See `Source`."""
-        return (*self._base.key, "shifted", self._by)
+        return self._base.places
+
+    @property
+    def content(self) -> tuple[object, ...]:
+        """See `Source`."""
+        return ("shifted", self._base.content, self._by)
 
 
 class Column(Source):
@@ -124,9 +144,14 @@ class Column(Source):
         return ColumnRows(self.base.open(), self.column)
 
     @property
-    def key(self) -> tuple[object, ...]:
+    def places(self) -> tuple[str, ...]:
         """See `Source`."""
-        return (*self.base.key, "column", self.column)
+        return self.base.places
+
+    @property
+    def content(self) -> tuple[object, ...]:
+        """See `Source`."""
+        return ("column", self.base.content, self.column)
 
 
 class QuantisedSource(Source):
@@ -152,9 +177,14 @@ class QuantisedSource(Source):
         return QuantisedReader(self._codes.open(), self._scales.open(), self._kind, self._group)
 
     @property
-    def key(self) -> tuple[object, ...]:
+    def places(self) -> tuple[str, ...]:
         """See `Source`."""
-        return (*self._codes.key, *self._scales.key, self._kind, self._group)
+        return (*self._codes.places, *self._scales.places)
+
+    @property
+    def content(self) -> tuple[object, ...]:
+        """See `Source`."""
+        return ("quantised", self._codes.content, self._scales.content, self._kind, self._group)
 
 
 class JoinedSource(Source):
@@ -178,9 +208,14 @@ class JoinedSource(Source):
         return JoinedRows([part.open for part in self._parts], lengths, self.shape[1:], self.dtype)
 
     @property
-    def key(self) -> tuple[object, ...]:
+    def places(self) -> tuple[str, ...]:
         """See `Source`."""
-        return tuple(part.key for part in self._parts)
+        return tuple(place for part in self._parts for place in part.places)
+
+    @property
+    def content(self) -> tuple[object, ...]:
+        """See `Source`."""
+        return ("joined", *(part.content for part in self._parts))
 
 
 def cuts(source: Source) -> np.ndarray:

@@ -25,27 +25,37 @@ class TorchBatches:
 
     It gives whole batches: `DataLoader(dataset, batch_size=None, num_workers=…)`. Each worker takes a part of this rank's batches,
     all of the same order whenever it is run with as many workers, and has a buffer of its own. Workers that are forked read local datasets
-    alone; give `multiprocessing_context="forkserver"` for others.
+    alone; give `multiprocessing_context="forkserver"` for others. Workers that persist take part in `set_epoch`.
     """
 
     def __init__(self, batches: Batches, pin_memory: bool, device: str | torch.device | None) -> None:
+        import torch
+
         self.batches = batches
         self.pin_memory = pin_memory
         self.device = device
         self._given: int | None = None
+        self._told = _shared(torch.tensor([batches.epoch], dtype=torch.int64))
+        """The epoch, in memory that workers share with the process that has begun them."""
+        self._seen = batches.epoch
+        """What it was when this process last looked."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return torch_batches, (self.batches, self.pin_memory, self.device)
+        return _again, (self.batches, self.pin_memory, self.device, self._told, self._seen)
 
     def __len__(self) -> int:
         """Batches of this rank, of all its workers together."""
         return len(self.batches)
 
     def set_epoch(self, epoch: int) -> None:
-        """Which epoch the next iteration gives: see `Batches.set_epoch`. Call it before a DataLoader's workers are begun."""
+        """Which epoch the next iteration gives, in a DataLoader's workers too: see `Batches.set_epoch`.
+
+        Called in a worker, that worker's alone.
+        """
         if epoch != self.batches.epoch:
             self._given = None
         self.batches.set_epoch(epoch)
+        self._tell()
 
     def state_dict(self) -> dict[str, Any]:
         """Where the iteration stands in this process: see `Batches.state_dict`.
@@ -59,6 +69,19 @@ class TorchBatches:
         """Go on where a state was taken: see `Batches.load_state_dict`."""
         self.batches.load_state_dict(state, *(_worker() or ONE_PROCESS))
         self._given = None
+        self._tell()
+
+    def _tell(self) -> None:
+        """Let workers know the epoch."""
+        if _worker() is None:
+            self._seen = self._told[0] = self.batches.epoch
+
+    def _look(self) -> None:
+        """In a worker: the epoch, if it is another than when this was last asked. A state that was loaded since then stays."""
+        told = int(self._told[0])
+        if told != self._seen:
+            self._seen = told
+            self.batches.set_epoch(told)
 
     def __iter__(self) -> Iterator[TensorBatch]:
         import torch
@@ -68,6 +91,8 @@ class TorchBatches:
             raise InvalidInput(
                 "pin_memory or device in a DataLoader's worker; give pin_memory to the DataLoader instead"
             )
+        if worker is not None:
+            self._look()
         device = None if self.device is None else torch.device(self.device)
         on_gpu = device is not None and device.type == "cuda"
         memory = _Pinned() if self.pin_memory or on_gpu else None
@@ -103,6 +128,20 @@ def torch_batches(batches: Batches, pin_memory: bool = False, device: str | torc
     if pin_memory and not torch.cuda.is_available():
         raise InvalidInput("pin_memory=True: there is no CUDA device to pin memory for; leave it out")
     return _class()(batches, pin_memory, device)
+
+
+def _again(
+    batches: Batches, pin_memory: bool, device: str | torch.device | None, told: torch.Tensor, seen: int
+) -> TorchBatches:
+    """A dataset that has arrived in another process. Only torch's own pickling lets it share memory with where it comes from."""
+    dataset = torch_batches(batches, pin_memory, device)
+    dataset._told, dataset._seen = _shared(told), seen
+    return dataset
+
+
+def _shared(memory: torch.Tensor) -> torch.Tensor:
+    shared: torch.Tensor = memory.share_memory_()  # type: ignore[no-untyped-call]
+    return shared
 
 
 @cache

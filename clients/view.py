@@ -175,7 +175,7 @@ class View(ABC):
             kinds = self.quantised[name]
             return NotFound(
                 f"{self.url}: site {name!r} is stored in quantised form alone ({', '.join(kinds)}); "
-                f"ds.site({name!r}, dtype={kinds[0]!r}) gives its values to within that damage"
+                f"ds.site({name!r}, dtype={kinds[0]!r}) gives its values to within that damage, and so does dtype={kinds[0]!r} of batches"
             )
         sites = self.sites or list(self.quantised)
         near = ", ".join(sites[:4]) + (", …" if len(sites) > 4 else "")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -72,17 +72,23 @@ class Whole(Selectable):
                 high = middle
         return low + int(np.searchsorted(self._column("document", low, high, None), number))
 
-    def sequences(self, name: str, length: int | None = None) -> da.Array:
-        """A site as a lazy Dask array (sequence, position, d_model), float32, where all sequences are equally long.
+    def sequences(
+        self,
+        name: str,
+        length: int | None = None,
+        dtype: Literal["float32", "stored", "int8", "fp8"] = "float32",
+    ) -> da.Array:
+        """A site as a lazy Dask array (sequence, position, d_model), where all sequences are equally long.
 
-        With `length`, of those sequences that have so many tokens.
+        With `length`, of those sequences that have so many tokens. `dtype` is as `site` takes it.
 
         Raises:
-            NotFound: no site of that name.
-            InvalidInput: the sequences differ in length and none is given, or none has that length.
+            NotFound: no site of that name, or it is not stored in that form.
+            InvalidInput: another dtype; the sequences differ in length and none is given, or none has that length.
         """
         import dask.array as da
 
+        source, _ = self._site(name, dtype)
         lengths = np.diff(self.sequence_start)
         longest = int(lengths.max())
         if length is None and longest != int(lengths.min()):
@@ -97,8 +103,8 @@ class Whole(Selectable):
         view: Selectable = self
         if len(chosen) < len(lengths):
             view = self.where(np.repeat(lengths == length, lengths))
-        together = max(1, max(self.source(name).chunks) // length)
-        flat = view.site(name, chunks=together * length)
+        together = max(1, max(source.chunks) // length)
+        flat = view.site(name, dtype, chunks=together * length)
         counts = tuple(rows // length for rows in flat.chunks[0])
         cut: da.Array = da.map_blocks(  # type: ignore[no-untyped-call]
             _cut,

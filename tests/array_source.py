@@ -36,8 +36,12 @@ class ArraySource(Source):
         return self._chunks
 
     @property
-    def key(self) -> tuple[object, ...]:
-        return (self.name,)
+    def places(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def content(self) -> tuple[object, ...]:
+        return (self.name, *self.shape, str(self.dtype))
 
     def open(self) -> Rows:
         return ArrayRows(self)

@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -254,6 +255,67 @@ def test_a_state_of_something_else_is_refused_by_name(change: dict[str, Any]):
     for version in ({}, {"version": 99}):
         with pytest.raises(ac.InvalidInput, match="version"):
             make(100, Span(0, 100), 30, **arguments).load_state_dict(version)
+
+
+def test_a_state_of_other_content_is_refused_by_name():
+    n = 100
+
+    def batches(name: str = "x", values: str = "x", **arguments: Any) -> Batches:
+        source = numbered(n, 3, cut(n, 30), "float16", values)
+        ids = numbered(n, 1, (n,), "int32", "token_id")
+        statistics = {name: (np.zeros(3), np.ones(3))}
+        return Batches(
+            {name: source}, Span(0, n), 20, shuffle=3, statistics=statistics, columns={"ids": ids}, **arguments
+        )
+
+    state = json.loads(json.dumps(batches().state_dict()))
+    batches().load_state_dict(state)
+    for other, said in (
+        (batches(dtype="stored"), "x: the state is of dtype 'float32', not 'float16'"),
+        (batches(normalise="scale"), "x: the state is of normalise None, not 'scale'"),
+        (batches(values="y"), "x: the state is of the stored values '"),
+        (batches(name="y"), "the state is of the arrays x, ids, not y, ids"),
+    ):
+        with pytest.raises(ac.InvalidInput, match=said):
+            other.load_state_dict(state)
+        with pytest.raises(ac.InvalidInput, match="the state is of"):
+            batches().load_state_dict(other.state_dict())
+    with pytest.raises(ac.InvalidInput, match="the arrays"):
+        batches().load_state_dict({name: value for name, value in state.items() if name != "arrays"})
+
+
+def test_a_state_goes_on_with_a_copy_and_with_nothing_else(spec: ac.Spec, tmp_path: Path):
+    def build(name: str, **change: Any) -> Any:
+        ac.build(spec.model_copy(update={"sites": "resid", "max_tokens": 400, **change}), tmp_path / name)
+        return ac.open(tmp_path / name)
+
+    one = build("one", quantize=("int8",))
+    shutil.copytree(tmp_path / "one", tmp_path / "copy")
+    copy, other = ac.open(tmp_path / "copy"), build("other", shuffle=1, quantize=("int8",))
+    sites = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]
+
+    def batches(ds: Any, sites: Any = sites) -> Batches:
+        return ds.batches(sites, 64, shuffle=0, normalise="scale", columns=["token_id"])
+
+    for make in (lambda ds: ds, lambda ds: ds.at(np.arange(300)), lambda ds: ac.open([ds.url, other.url])):
+        first = batches(make(one))
+        whole = list(first)
+        running = iter(first)
+        next(running)
+        state = json.loads(json.dumps(first.state_dict()))
+        assert len(json.dumps(state)) < 1000
+        again = batches(make(copy))
+        again.load_state_dict(state)
+        assert same(list(again), whole[1:])
+    for name in ("token_id", *sites):
+        for kind in (None, "int8") if name in sites else (None,):
+            assert one.source(name, kind).content == copy.source(name, kind).content
+            assert one.source(name, kind).key != copy.source(name, kind).key
+    state = batches(one.at(np.arange(300))).state_dict()
+    with pytest.raises(ac.InvalidInput, match=f"{sites[0]}: the state is of the stored values"):
+        batches(other.at(np.arange(300))).load_state_dict(state)
+    with pytest.raises(ac.InvalidInput, match="of the arrays"):
+        batches(one.at(np.arange(300)), sites[1]).load_state_dict(state)
 
 
 @pytest.mark.parametrize(

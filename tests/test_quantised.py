@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pickle
 import shutil
@@ -291,6 +292,61 @@ def test_quantised_values_are_never_given_silently(only: str, both: str, built: 
     with pytest.raises(ac.InvalidInput, match="int4"):
         ds.site(site, dtype="int4")
     assert np.array_equal(ac.open(both)[site].compute(), ac.open(built)[site].compute())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_batches_are_of_a_form_that_is_asked_for(only: str, both: str, kind):
+    beside, alone = ac.open(both), ac.open(only)
+    site = beside.sites[2]
+    for ds in (beside, alone, ac.open([only, only]), alone.where(position__gt=0)):
+        values = ds.site(site, dtype=kind).compute()
+        for batch in ds.batches(site, 100, dtype=kind, columns="token_id"):
+            at = np.searchsorted(ds.index.tokens(0, ds.n_tokens), batch["token"])
+            assert np.array_equal(batch[site], values[at])
+            assert batch[site].dtype == np.float32
+        (moved,) = ds.batches(site, 10_000, dtype=kind, normalise="center")
+        np.testing.assert_allclose(moved[site], values - ds.statistics[site]["mean"].astype(np.float32), atol=1e-5)
+    for pattern in ("resid", "all", "blocks.1.*", [site]):
+        chosen = [list(batch) for batch in beside.batches(pattern, 10_000)]
+        assert [list(batch) for batch in alone.batches(pattern, 10_000, dtype=kind)] == chosen
+    state = alone.batches(site, dtype=kind).state_dict()
+    beside.batches(site, dtype=kind)
+    with pytest.raises(ac.InvalidInput, match="the state is of the stored values"):
+        beside.batches(site).load_state_dict(state)
+    assert np.array_equal(
+        alone.sequences(site, 32, dtype=kind).compute(), beside.sequences(site, 32, dtype=kind).compute()
+    )
+    assert not np.array_equal(alone.sequences(site, 32, kind).compute(), beside.sequences(site, 32).compute())
+
+
+def test_torch_trains_on_a_form_that_is_asked_for(only: str):
+    ds = ac.open(only)
+    site = next(iter(ds.quantised))
+    whole = ds.site(site, dtype="int8").compute()
+    for batch in ds.torch(site, 100, shuffle=0, dtype="int8"):
+        assert np.array_equal(batch[site].numpy(), whole[batch["token"].numpy()])
+    source = ds.activations(site, 100, dtype="fp8")
+    assert next(source).shape == (100, source.d_in)
+    assert source.config["dtype"] == "fp8"
+
+
+def test_batches_say_which_form_there_is(only: str, both: str, built: str):
+    ds = ac.open(only)
+    site = next(iter(ds.quantised))
+    for sites in (site, "resid", "blocks.1.*", [site, "resid"]):
+        with pytest.raises(ac.NotFound, match=r"quantised form alone \(int8, fp8\).*dtype='int8' of batches"):
+            ds.batches(sites)
+        with pytest.raises(ac.NotFound, match="not stored as 'int8'; there is no quantised form"):
+            ac.open(built).batches(sites, dtype="int8")
+    for url, dtype in itertools.product((only, both, built), ("float32", "int8")):
+        with pytest.raises(ac.NotFound, match="no site 'absent'"):
+            ac.open(url).batches("absent", dtype=dtype)
+    with pytest.raises(ac.NotFound, match="no site 'absent'"):
+        ac.open(both).batches(["resid", "absent"], dtype="int8")
+    with pytest.raises(ac.InvalidInput, match="'int4'"):
+        ac.open(both).batches(site, dtype="int4")
+    with pytest.raises(ac.NotFound, match="quantised form alone"):
+        ds.sequences(site, 32)
 
 
 def test_the_lens_reads_a_form_when_asked(only: str, both: str):

@@ -217,6 +217,50 @@ def test_epochs():
     assert "epoch 1" in repr(dataset)
 
 
+@pytest.mark.parametrize("context", ["fork", "forkserver", "spawn"])
+def test_workers_that_persist_hear_of_the_epoch(context: str):
+    dataset = pickle.loads(pickle.dumps(make()))
+    loader = DataLoader(
+        dataset, batch_size=None, num_workers=2, persistent_workers=True, multiprocessing_context=context
+    )
+    for epoch in (0, 1, 1, 7, 0):
+        dataset.set_epoch(epoch)
+        anew = DataLoader(make(epoch=epoch), batch_size=None, num_workers=2, multiprocessing_context="fork")
+        assert same(list(loader), list(anew)), epoch
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+def test_workers_that_persist_keep_the_epoch_of_their_state():
+    loaders = pytest.importorskip("torchdata.stateful_dataloader")
+
+    def loader(dataset: TorchBatches) -> Any:
+        return loaders.StatefulDataLoader(
+            dataset, batch_size=None, num_workers=2, persistent_workers=True, snapshot_every_n_steps=1
+        )
+
+    epochs = [list(loader(make(epoch=epoch))) for epoch in range(5)]
+    first = loader(make(epoch=3))
+    running = iter(first)
+    begun = [next(running) for _ in range(5)]
+    dataset = make()
+    again = loader(dataset)
+    again.load_state_dict(first.state_dict())
+    del running
+    assert same(begun + list(again), epochs[3])
+    dataset.set_epoch(4)
+    assert same(list(again), epochs[4])
+
+
+def test_copies_of_a_dataset_have_epochs_of_their_own():
+    dataset = make()
+    other = pickle.loads(pickle.dumps(dataset))
+    dataset.set_epoch(2)
+    with_workers = DataLoader(other, batch_size=None, num_workers=2)
+    assert same(list(other), list(make()))
+    assert sorted(tokens(list(with_workers))) == list(range(1000))
+    assert (other.state_dict()["epoch"], dataset.state_dict()["epoch"]) == (0, 2)
+
+
 def test_pinned_memory_and_devices():
     moved = make()
     moved.device = "cpu"
