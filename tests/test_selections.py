@@ -380,8 +380,8 @@ def test_wrong_questions_get_clear_answers(ds: ac.Dataset):
         ds.where(position=1)["sequence_start"]
     with pytest.raises(ac.InvalidInput, match="a whole dataset is asked for"):
         ac.lens.logit(ds.where(position=1))  # type: ignore[arg-type]
+    every = da.from_array(np.ones(50, bool), chunks=10)
     with pytest.raises(ac.InvalidInput, match="compute_chunk_sizes"):
-        every = da.from_array(np.ones(50, bool), chunks=10)
         _ = ds.where(every[every]).n_tokens
 
 
