@@ -19,7 +19,7 @@ from actcache.clients.token_index import TokenIndex
 from actcache.schemas.canonical import digest
 from actcache.schemas.errors import InvalidInput
 
-STATE_VERSION = 2
+STATE_VERSION = 1
 CHUNK_BYTES = 1 << 20
 ONE_PROCESS = (0, 1)
 CONTENT = ("dtype", "normalise", "the stored values")
