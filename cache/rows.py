@@ -92,6 +92,24 @@ class JoinedRows(Rows):
         return out
 
 
+class LaterRows(Rows):
+    """Rows of an array, each in the place of the one `by` before it."""
+
+    def __init__(self, base: Rows, by: int) -> None:
+        self._base = base
+        self._by = by
+        self.shape, self.dtype = base.shape, base.dtype
+
+    def scatter(self, index: np.ndarray, out: np.ndarray, at: np.ndarray) -> None:
+        """See `Rows`."""
+        self._base.scatter(np.asarray(index, np.int64) + self._by, out, at)
+
+    def read(self, start: int = 0, stop: int | None = None, dtype: np.dtype | None = None) -> np.ndarray:
+        """See `Rows`."""
+        stop = self.check_range(start, stop, "rows")
+        return self._base.read(start + self._by, stop + self._by, dtype)
+
+
 class ShiftedRows(Rows):
     """Whole numbers with another added to each."""
 

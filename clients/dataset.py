@@ -59,6 +59,7 @@ class Dataset(Whole):
         self.generations: tuple[Generation, ...] = attributes.generations
         self.provenance: Provenance = attributes.generations[0].provenance
         self.model: ModelShape = self.provenance.model
+        self.model_key = self.provenance.spec.model.content_hash()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A dataset travels as its location: without credentials, which are found anew where it arrives."""

@@ -1,38 +1,76 @@
-"""What every evaluation over a dataset needs: next-token pairs, and probabilities of logits."""
+"""Probabilities of logits, and how well a prediction does: in numpy, a block of rows a core."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
-from actcache.clients.whole import Whole
-from actcache.schemas.errors import InvalidInput
+from actcache.cache.threads import spread
 
-if TYPE_CHECKING:
-    from actcache.clients.view import View
+BLOCK_VALUES = 1 << 20
+"""Logits that are worked on at once by a core: they stay in its cache."""
+FEWEST_ROWS = 64
+MEASURES = {"loss": "nats", "kl": "nats", "entropy": "nats", "agreement": "share"}
 
 
-def pairs(ds: View, max_tokens: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Every token that has a successor in its sequence, and the successor's id: two (pair,) arrays, int64.
+@dataclass(frozen=True)
+class Prediction:
+    """Next-token distributions (n, vocabulary), float32: `log`arithms of probabilities, and the probabilities."""
 
-    Only tokens among the first `max_tokens` if that is given.
+    log: np.ndarray
+    probability: np.ndarray
 
-    Raises:
-        InvalidInput: there is none, or it is a selection, whose tokens need not follow each other.
+    @classmethod
+    def of(cls, logits: np.ndarray) -> Prediction:
+        """The softmax of logits (n, vocabulary)."""
+        log = logits - logits.max(axis=-1, keepdims=True)
+        probability = np.exp(log)
+        total = probability.sum(axis=-1, keepdims=True)
+        log -= np.log(total)
+        probability /= total
+        return cls(log, probability)
+
+    def loss(self, target: np.ndarray) -> np.ndarray:
+        """Cross-entropy of what came, (n,) ids, in nats."""
+        return np.asarray(-self.log[np.arange(len(target)), target])
+
+    @property
+    def entropy(self) -> np.ndarray:
+        """Entropy of each distribution, (n,), in nats."""
+        return -_dot(self.probability, self.log)
+
+    @property
+    def best(self) -> np.ndarray:
+        """The most probable id of each, (n,)."""
+        return np.asarray(self.log.argmax(axis=-1))
+
+    def kl(self, other: Prediction) -> np.ndarray:
+        """KL(this ‖ other) of each row, (n,), in nats."""
+        return _dot(self.probability, self.log - other.log)
+
+    def measures(self, final: Prediction, target: np.ndarray) -> np.ndarray:
+        """Those of `MEASURES`, (4, n): cross-entropy of `target`, KL(final ‖ this), entropy, and whether the best is the final's."""
+        return np.stack([self.loss(target), final.kl(self), self.entropy, self.best == final.best])
+
+
+def by_block(rows: int, width: int, work: Callable[[slice], object]) -> None:
+    """Call `work` on blocks of rows whose logits, `width` a row, fit a core's cache, on all cores.
+
+    What it raises first is raised.
     """
-    if not isinstance(ds, Whole):
-        raise InvalidInput(f"{ds.url}: a whole dataset is asked for, not a selection")
-    ids = ds.tokens["token_id"].astype(np.int64)
-    inside = np.ones(len(ids), bool)
-    inside[ds.sequence_start[1:] - 1] = False
-    token = np.flatnonzero(inside[:max_tokens])
-    if not len(token):
-        raise InvalidInput(f"{ds.url}: no token has a successor in its sequence")
-    return token, ids[token + 1]
+    step = max(FEWEST_ROWS, BLOCK_VALUES // width)
+    with threadpool_limits(1, user_api="blas"):
+        spread(work, list(_blocks(rows, step)))
 
 
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Log-probabilities along the last axis, float32."""
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
+def _blocks(rows: int, step: int) -> Iterator[slice]:
+    for low in range(0, rows, step):
+        yield slice(low, min(low + step, rows))
+
+
+def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Inner products of rows."""
+    return np.asarray(np.einsum("ij,ij->i", a, b))

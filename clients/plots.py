@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from actcache.clients.evaluation import pairs
+from actcache.clients.states import states
 from actcache.schemas.errors import Unsupported
 
 if TYPE_CHECKING:
     from actcache.clients.dataset import Dataset
 
 
-def overview(ds: Dataset, measures: dict[str, np.ndarray], path: str | Path) -> Path:
+def overview(ds: Dataset, measures: Mapping[str, np.ndarray], path: str | Path) -> Path:
     """Draw a logit lens's loss by layer (nats) beside the median residual norm by layer, as a PNG. Returns its path.
 
     `measures` is what `actcache.lens.logit` returns.
@@ -54,6 +55,6 @@ def overview(ds: Dataset, measures: dict[str, np.ndarray], path: str | Path) -> 
 
 def _unigram_entropy(ds: Dataset) -> float:
     """Entropy in nats of the predicted tokens' own frequencies: the loss of the best model without context."""
-    counts = np.bincount(pairs(ds)[1])
+    counts = np.bincount(states(ds).target)
     share = counts[counts > 0] / counts.sum()
     return float(-(share * np.log(share)).sum())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from actcache.clients.bridges import ActivationSource
     from actcache.clients.text import Text
     from actcache.clients.torch_dataset import TorchBatches
+    from actcache.clients.whole import Whole
 
 LAYER, NORM = "layer", "norm"
 PLACE_BITS = 40
@@ -35,6 +37,11 @@ PLACE_BITS = 40
 
 class Selectable(View):
     """A view of which tokens and layers can be chosen."""
+
+    @property
+    @abstractmethod
+    def whole(self) -> Whole:
+        """The dataset that the tokens are of."""
 
     def where(self, *masks: Any, site: str | None = None, **asked: Any) -> Selection:
         """The tokens for which everything holds that is asked: a lazy selection with the same accessors.
@@ -265,6 +272,11 @@ class Selection(Selectable):
         if self._index is None:
             self._index = self._make_index()
         return self._index
+
+    @property
+    def whole(self) -> Whole:
+        """See `Selectable`."""
+        return self._base.whole
 
     @property
     def layers(self) -> Sequence[int]:

@@ -13,7 +13,7 @@ import numpy as np
 from actcache.cache.location import Location
 from actcache.cache.quantise import QuantisedReader
 from actcache.cache.reader import ArrayReader
-from actcache.cache.rows import ColumnRows, JoinedRows, Rows, ShiftedRows
+from actcache.cache.rows import ColumnRows, JoinedRows, LaterRows, Rows, ShiftedRows
 from actcache.cache.store import Store, open_store
 from actcache.clients.token_index import Span, TokenIndex
 from actcache.schemas.array import ArrayLayout
@@ -152,6 +152,34 @@ class Column(Source):
     def content(self) -> tuple[object, ...]:
         """See `Source`."""
         return ("column", self.base.content, self.column)
+
+
+class Later(Source):
+    """An array in which each row is the one that comes `by` rows later. The last rows are not there to be read."""
+
+    def __init__(self, base: Source, by: int) -> None:
+        self._base = base
+        self._by = by
+        self.name, self.axes, self.shape, self.dtype = base.name, base.axes, base.shape, base.dtype
+
+    @property
+    def chunks(self) -> tuple[int, ...]:
+        """See `Source`."""
+        return self._base.chunks
+
+    def open(self) -> Rows:
+        """See `Source`."""
+        return LaterRows(self._base.open(), self._by)
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """See `Source`."""
+        return self._base.places
+
+    @property
+    def content(self) -> tuple[object, ...]:
+        """See `Source`."""
+        return ("later", self._base.content, self._by)
 
 
 class QuantisedSource(Source):

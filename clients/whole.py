@@ -22,11 +22,18 @@ class Whole(Selectable):
 
     Attributes:
         n_tokens, n_sequences, n_documents: sizes.
+        model_key: hash of the model's configuration and weights: datasets of one model have the same.
     """
 
+    model_key: str
     n_sequences: int
     n_documents: int
     _n_tokens: int
+
+    @property
+    def whole(self) -> Whole:
+        """See `Selectable`."""
+        return self
 
     @property
     def index(self) -> TokenIndex:

@@ -90,3 +90,12 @@ def test_the_bundled_model_is_trained(tmp_path: Path):
     assert measures["loss"][-1] < entropy - 1.5, "20,000 tokens have a lower unigram entropy than half a million"
     assert np.all(np.diff(measures["kl"][2:]) < 0)
     assert measures["agreement"][-2] > 0.3
+
+
+def test_a_selection_is_read_too(built: str):
+    """The tokens selected, each with the successor that it has in the dataset."""
+    ds = ac.open(built)
+    chosen = ds.tokens["position"] == 1
+    loss = ds["loss"].compute()[chosen]
+    found = ac.lens.logit(ds.where(position=1))
+    np.testing.assert_allclose(found["loss"][-1], loss[~np.isnan(loss)].mean(), rtol=1e-5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from actcache.clients.cli.common import print_json, reading_options
-from actcache.clients.lens import logit
+from actcache.clients.lens.logit import logit
 from actcache.clients.opening import open as open_dataset
 from actcache.clients.plots import overview
 from actcache.schemas.quantised import KINDS

@@ -1,0 +1,11 @@
+"""Lenses: what a residual state predicts when the model's own head reads it. Nothing here runs the model.
+
+Every function takes a dataset, a selection, or `states(…)` of one, which says which tokens and which states.
+"""
+
+from actcache.cache.head import Head
+from actcache.clients.lens.logit import evaluate, logit
+from actcache.clients.lens.translators import Lens, identity
+from actcache.clients.states import States, states
+
+__all__ = ["Head", "Lens", "States", "evaluate", "identity", "logit", "states"]
