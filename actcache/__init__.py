@@ -26,7 +26,7 @@ from actcache.schemas.errors import (
 from actcache.schemas.spec import Spec
 
 if TYPE_CHECKING:
-    from actcache.clients import lens
+    from actcache.clients import figures, lens
     from actcache.clients.dataset import Dataset
     from actcache.clients.joined import Joined
     from actcache.clients.opening import catalog, open, verify
@@ -46,6 +46,7 @@ _LAZY = {
     "Selection": "actcache.clients.selection",
     "build": "actcache.jobs.build",
     "catalog": "actcache.clients.opening",
+    "figures": "actcache.clients",
     "lens": "actcache.clients",
     "open": "actcache.clients.opening",
     "plan": "actcache.jobs.planning",
@@ -73,6 +74,7 @@ __all__ = [
     "Unsupported",
     "build",
     "catalog",
+    "figures",
     "lens",
     "open",
     "plan",
@@ -86,8 +88,9 @@ _bfloat16.register()
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'actcache' has no attribute {name!r}")
-    module = import_module(_LAZY[name])
-    return import_module(f"{_LAZY[name]}.{name}") if name == "lens" else getattr(module, name)
+    if _LAZY[name] == "actcache.clients":
+        return import_module(f"actcache.clients.{name}")
+    return getattr(import_module(_LAZY[name]), name)
 
 
 def __dir__() -> list[str]:

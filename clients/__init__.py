@@ -1,1 +1,1 @@
-"""What people use: the dataset view, lenses, plots, the command line."""
+"""What people use: the dataset view, lenses, figures, the command line."""

@@ -56,6 +56,14 @@ class Prediction:
         return np.stack([self.loss(target), final.kl(self), self.entropy, self.best == final.best])
 
 
+def cross_entropy(logits: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Cross-entropy of ids (n,) under logits (n, vocabulary), (n,) in nats: log Σ exp(logits) less the id's own."""
+    below = logits - logits.max(axis=-1, keepdims=True)
+    own = below[np.arange(len(target)), target]
+    np.exp(below, out=below)
+    return np.asarray(np.log(below.sum(axis=-1)) - own)
+
+
 def by_block(rows: int, width: int, work: Callable[[slice], object]) -> None:
     """Call `work` on blocks of rows whose logits, `width` a row, fit a core's cache, on all cores.
 

@@ -50,7 +50,7 @@ class Results(Mapping[str, np.ndarray]):
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self._measure(name).value
+        return self.measure(name).value
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.measures)
@@ -58,7 +58,12 @@ class Results(Mapping[str, np.ndarray]):
     def __len__(self) -> int:
         return len(self.measures)
 
-    def _measure(self, name: str) -> Measure:
+    def measure(self, name: str) -> Measure:
+        """A measure with its unit, axes and interval.
+
+        Raises:
+            NotFound: no such measure.
+        """
         if name not in self.measures:
             raise NotFound(f"no measure {name!r}; there is {', '.join(self.measures)}")
         return self.measures[name]
@@ -69,7 +74,7 @@ class Results(Mapping[str, np.ndarray]):
         Raises:
             NotFound: no such measure, or it has no interval.
         """
-        found = self._measure(name)
+        found = self.measure(name)
         if found.low is None or found.high is None:
             raise NotFound(f"the measure {name!r} has no interval")
         return found.low, found.high
@@ -80,7 +85,7 @@ class Results(Mapping[str, np.ndarray]):
         Raises:
             NotFound: no such measure.
         """
-        return self._measure(name).unit
+        return self.measure(name).unit
 
     def axes(self, name: str) -> tuple[str, ...]:
         """What each axis of a measure counts.
@@ -88,7 +93,7 @@ class Results(Mapping[str, np.ndarray]):
         Raises:
             NotFound: no such measure.
         """
-        return self._measure(name).axes
+        return self.measure(name).axes
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as JSON takes it; what is not a number is null."""

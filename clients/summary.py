@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Mapping
 from html import escape
+
+MOST_REPEATED = 3
+_SEEN = {" ": "\N{OPEN BOX}", "\n": "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}", "\t": "\N{RIGHTWARDS ARROW TO BAR}"}
+_LONG_RUN = re.compile(rf"([{''.join(_SEEN.values())}])\1{{{MOST_REPEATED},}}")
 
 
 def summary(facts: Mapping[str, str]) -> str:
@@ -24,3 +30,14 @@ def html_summary(facts: Mapping[str, str]) -> str:
 def printable(value: str) -> str:
     """A value without control characters, which a stranger could use to rewrite a terminal."""
     return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in value)
+
+
+def visible(text: str) -> str:
+    """The text of a token so that all of it is seen, and in its own cell: spaces, line ends and tabs as signs.
+
+    A run of more than three is one with its number (`␣×8`). Control characters are as `printable` shows them; a mark that
+    would stand on the character before the cell stands on a dotted circle.
+    """
+    shown = printable("".join(_SEEN.get(character, character) for character in text))
+    shown = _LONG_RUN.sub(lambda run: f"{run[1]}×{len(run[0])}", shown)
+    return f"\N{DOTTED CIRCLE}{shown}" if shown and unicodedata.category(shown[0]).startswith("M") else shown

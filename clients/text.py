@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
 MAX_ID = 2**32 - 1
 _ONLY_ENCODING = ("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor")
+_BYTE_LEVEL = frozenset(map(chr, [*range(33, 127), *range(161, 173), *range(174, 324)]))
+"""The 256 characters that stand for bytes in a byte-level vocabulary (Radford et al. 2019, GPT-2)."""
+_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 _NO_MODEL = {"type": "WordLevel", "vocab": {}, "unk_token": ""}
 
 
@@ -61,6 +65,20 @@ class Text:
             texts = {index: parts.alone(index) for index in set(known)}
         return [texts[index] for index in known]
 
+    def byte_counts(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """How many bytes of UTF-8 each of some token ids (n,) adds to a text in whose midst it stands, (n,) int64.
+
+        A token that is a part of a character counts the bytes of that part, so that the counts of a text's tokens add up to the
+        text's own. An id that the tokenizer does not know counts 0.
+
+        Raises:
+            InvalidInput, Unsupported, Corrupt: as `decode`.
+        """
+        known, parts = _checked(ids), self._parts
+        with _told(parts.where):
+            counts = {index: parts.bytes_of(index) for index in set(known)}
+        return np.array([counts[index] for index in known], np.int64)
+
     def __repr__(self) -> str:
         return f"Text({', '.join(self.files)})"
 
@@ -93,15 +111,16 @@ class Text:
         document |= dict.fromkeys(_ONLY_ENCODING)
         whole = _made(document, where)
         document |= {"added_tokens": [], "model": _NO_MODEL, "decoder": _keeping_spaces(document.get("decoder"))}
-        return _Parts(whole, _made(document, where).decoder, where)
+        return _Parts(whole, _made(document, where).decoder, where, _steps(document["decoder"]))
 
 
 class _Parts(NamedTuple):
-    """A tokenizer, its decoder but for what it takes from a text's ends (None where it has none), and where it lies."""
+    """A tokenizer, its decoder but for what it takes from a text's ends (None where it has none), where it lies, the decoder's steps."""
 
     tokenizer: Tokenizer
     keeping: Any
     where: str
+    steps: frozenset[str]
 
     def alone(self, index: int) -> str:
         """The text of one id."""
@@ -109,6 +128,21 @@ class _Parts(NamedTuple):
         if token is None:
             return ""
         return token if self.keeping is None else str(self.keeping.decode([token]))
+
+    def bytes_of(self, index: int) -> int:
+        """The bytes of one id between two others."""
+        token = self.tokenizer.id_to_token(index)
+        if token is None:
+            return 0
+        if "ByteLevel" in self.steps:
+            return len(token) if _BYTE_LEVEL.issuperset(token) else len(token.encode())
+        if "ByteFallback" in self.steps and _BYTE.fullmatch(token):
+            return 1
+        return self._length("x", token, "x") - self._length("x", "x")
+
+    def _length(self, *tokens: str) -> int:
+        text = " ".join(tokens) if self.keeping is None else self.keeping.decode(list(tokens))
+        return len(text.encode())
 
 
 def _made(document: dict[str, Any], where: str) -> Tokenizer:
@@ -130,6 +164,15 @@ def _told(where: str) -> Iterator[None]:
             raise
         said = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise Unsupported(f"{where}: this version of tokenizers cannot use it ({said}); another version may") from None
+
+
+def _steps(decoder: Any) -> frozenset[str]:
+    """The types of a decoder's steps, from its JSON."""
+    if not isinstance(decoder, dict):
+        return frozenset()
+    parts = decoder.get("decoders")
+    inside = [_steps(part) for part in parts] if isinstance(parts, list) else []
+    return frozenset({str(decoder.get("type"))}).union(*inside)
 
 
 def _keeping_spaces(decoder: Any) -> Any:

@@ -60,6 +60,19 @@ def test_the_python_about_reading_runs(tmp_path: Path, monkeypatch: pytest.Monke
     assert names["state"]["batches"] == 1  # type: ignore[index]
 
 
+def test_the_python_about_lenses_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    sources = tuple(str(Path(sysconfig.get_path("stdlib")) / f"{name}.py") for name in ("abc", "base64", "bisect"))
+    ac.build(ac.Spec(model="examples/tiny-gpt", corpus=sources), "demo.zarr")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/lenses.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 3
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(block, names)
+    assert {path.name for path in tmp_path.iterdir()} >= {"table.svg", "table.csv", "transfer.svg", "loss.svg"}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path):
     for link in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):

@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM
 
 import actcache as ac
 from actcache.cache.head import Head
-from actcache.clients.plots import overview
 from actcache.schemas.errors import Unsupported
 
 
@@ -61,13 +60,6 @@ def test_an_operation_of_a_later_version_is_refused():
     for norm in ({"gain": "g", "bias": "g"}, {"eps": 1e-5, "gain": "g", "bias": "w"}):
         with pytest.raises(ac.Corrupt, match="does not fit vectors of"):
             Head([{"op": "layer_norm", **norm}], {"g": np.zeros(2), "w": np.zeros(3)}).check(2)
-
-
-def test_the_picture_is_a_picture(built: str, tmp_path: Path):
-    ds = ac.open(built)
-    path = overview(ds, ac.lens.logit(ds, max_tokens=200), tmp_path / "x.png")
-    assert path.read_bytes().startswith(b"\x89PNG")
-    assert path.stat().st_size > 10_000
 
 
 def test_the_bundled_model_is_trained(tmp_path: Path):

@@ -4,10 +4,28 @@ Every function takes a dataset, a selection, or `states(…)` of one, which says
 """
 
 from actcache.cache.head import Head
+from actcache.clients.lens.compare import compare
 from actcache.clients.lens.files import load, save
 from actcache.clients.lens.fitting import fit
 from actcache.clients.lens.logit import evaluate, logit
+from actcache.clients.lens.predictions import Predictions, predictions
+from actcache.clients.lens.transfer import transfer
 from actcache.clients.lens.translators import Lens, identity
 from actcache.clients.states import States, states
 
-__all__ = ["Head", "Lens", "States", "evaluate", "fit", "identity", "load", "logit", "save", "states"]
+__all__ = [
+    "Head",
+    "Lens",
+    "Predictions",
+    "States",
+    "compare",
+    "evaluate",
+    "fit",
+    "identity",
+    "load",
+    "logit",
+    "predictions",
+    "save",
+    "states",
+    "transfer",
+]

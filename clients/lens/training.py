@@ -29,6 +29,10 @@ MOST_EPOCHS = 4
 LOGIT_BYTES = 64 << 20
 """Logits that are made at once."""
 REPORT_EVERY = 10
+LOOKED_AT = 256
+"""Tokens of a batch whose KL is reported."""
+DRAWN = 8
+"""Tokens for each dimension of a state that the curvature is measured on."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Progress:
     Attributes:
         step, steps: steps done, and in all.
         tokens: tokens seen.
-        kl: mean KL to the final prediction by layer over the last batch that was looked at, in nats.
+        kl: mean KL to the final prediction by layer, in nats, over some tokens of the last batch that was looked at, before its step.
     """
 
     step: int
@@ -161,8 +165,8 @@ class Training:
                 out, white = self._translators[number].output(states[self.read.sites[layer]][rows])
                 logits = self._head.logits(out.requires_grad_())
                 error = torch.softmax(logits.detach(), -1)
-                if looked:
-                    kl[place] += _kl(wanted, error)
+                if looked and not low:
+                    kl[place] = _kl(wanted[:LOOKED_AT], error[:LOOKED_AT])
                 error -= wanted
                 (gradient,) = torch.autograd.grad(logits, out, error)
                 sums[number][0].addmm_(gradient.T, white)
@@ -170,17 +174,18 @@ class Training:
         times = np.bincount([self._number(layer) for layer in self._layers]) * len(final)
         for each, (m, c), count in zip(self._translators, sums, times.tolist(), strict=True):
             each.step(m / count, c / count, rate)
-        return np.asarray((kl / len(final)).double().cpu())
+        return np.asarray(kl.double().cpu())
 
     def _measure_curvature(self, states: Mapping[str, Tensor]) -> None:
         """Let every translator know the curvature, from targets drawn of its own predictions."""
         generator = torch.Generator(self.device).manual_seed(self.seed)
         gradients: list[list[Tensor]] = [[] for _ in self._translators]
-        n = len(states[self.read.final_name])
+        n = min(DRAWN * self.read.width, len(states[self.read.final_name]))
         for low in range(0, n, self._rows):
+            rows = slice(low, min(low + self._rows, n))
             for layer in self._layers:
                 number = self._number(layer)
-                out, _ = self._translators[number].output(states[self.read.sites[layer]][low : low + self._rows])
+                out, _ = self._translators[number].output(states[self.read.sites[layer]][rows])
                 logits = self._head.logits(out.requires_grad_())
                 error = torch.softmax(logits.detach().float(), -1)
                 drawn = torch.multinomial(error, 1, generator=generator)
@@ -221,10 +226,10 @@ class Training:
 
 
 def _kl(wanted: Tensor, predicted: Tensor) -> Tensor:
-    """Sum over rows of KL(wanted ‖ predicted) in nats."""
+    """Mean over rows of KL(wanted ‖ predicted) in nats."""
     wanted, predicted = wanted.float(), predicted.float()
     least = torch.finfo(torch.float32).tiny
-    return (wanted * (wanted.clamp(min=least).log() - predicted.clamp(min=least).log())).sum()
+    return (wanted * (wanted.clamp(min=least).log() - predicted.clamp(min=least).log())).sum(-1).mean()
 
 
 def _device(asked: str | None) -> torch.device:
