@@ -26,7 +26,7 @@ from actcache.schemas.errors import (
 from actcache.schemas.spec import Spec
 
 if TYPE_CHECKING:
-    from actcache.clients import lens
+    from actcache.clients import geometry, lens
     from actcache.clients.dataset import Dataset
     from actcache.clients.joined import Joined
     from actcache.clients.opening import catalog, open, verify
@@ -46,12 +46,14 @@ _LAZY = {
     "Selection": "actcache.clients.selection",
     "build": "actcache.jobs.build",
     "catalog": "actcache.clients.opening",
+    "geometry": "actcache.clients",
     "lens": "actcache.clients",
     "open": "actcache.clients.opening",
     "plan": "actcache.jobs.planning",
     "replay": "actcache.jobs.replaying",
     "verify": "actcache.clients.opening",
 }
+_SUBPACKAGES = ("geometry", "lens")
 
 __all__ = [
     "ActcacheError",
@@ -73,6 +75,7 @@ __all__ = [
     "Unsupported",
     "build",
     "catalog",
+    "geometry",
     "lens",
     "open",
     "plan",
@@ -87,7 +90,7 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'actcache' has no attribute {name!r}")
     module = import_module(_LAZY[name])
-    return import_module(f"{_LAZY[name]}.{name}") if name == "lens" else getattr(module, name)
+    return import_module(f"{_LAZY[name]}.{name}") if name in _SUBPACKAGES else getattr(module, name)
 
 
 def __dir__() -> list[str]:
