@@ -7,6 +7,7 @@ import numpy as np
 AT_ONCE = 1 << 20
 EXPONENT_BITS, MANTISSA_BITS = 8, 23
 ROUNDING = 1e-9
+LARGEST = float(np.finfo(np.float32).max)
 
 
 class Magnitudes:
@@ -43,4 +44,4 @@ class Magnitudes:
         return low + (high - low) * float(np.clip(inside, 0, 1))
 
     def _edge(self, place: int) -> float:
-        return float(min(np.array(place << self._shift, np.uint32).view(np.float32), np.finfo(np.float32).max))
+        return min(float(np.array(place << self._shift, np.uint32).view(np.float32)), LARGEST)
