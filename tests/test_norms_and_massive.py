@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
+import sysconfig
 from pathlib import Path
 
 import numpy as np
@@ -204,3 +206,16 @@ def test_the_command_line(built: str, tmp_path: Path):
     bad = call("geometry", "norms", built, "--csv", tmp_path / "absent/n.csv")
     assert bad.exit_code == 1
     assert "cannot be written" in bad.output
+
+
+def test_the_python_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    root = Path(__file__).parent.parent
+    monkeypatch.chdir(tmp_path)
+    sources = tuple(str(Path(sysconfig.get_path("stdlib")) / f"{name}.py") for name in ("abc", "bisect", "glob"))
+    ac.build(ac.Spec(model=str(root / "examples/tiny-gpt"), corpus=sources), "demo.zarr")
+    blocks = re.findall(r"```python\n(.*?)```", (root / "docs/geometry.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 1
+    names: dict[str, object] = {}
+    exec(blocks[0], names)
+    assert (tmp_path / "similarity.csv").exists()
+    assert np.all(np.diag(names["found"]["cka"]) > 0.999)  # type: ignore[index]

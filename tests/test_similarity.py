@@ -82,7 +82,7 @@ def test_similarities_are_those_of_all_states_at_once(planted: ac.Dataset):
 def test_little_memory_takes_more_passes_and_finds_the_same(planted: ac.Dataset):
     whole = ac.geometry.similarity(planted)
     for matrices, passes in ((3, 12), (9, 6)):
-        found = ac.geometry.similarity(planted, memory=matrices * 8 * D * D)
+        found = ac.geometry.similarity(planted, memory=matrices * 2 * 8 * D * D)
         assert found.facts["passes"] == passes
         for name in whole:
             np.testing.assert_allclose(found[name], whole[name], rtol=1e-6)
@@ -123,12 +123,35 @@ def test_the_controls_are_what_chance_gives(tmp_path: Path):
     assert abs(found["covariance_cosine_rotated"][0, 1] - cosines.mean()) < 4 * error
 
 
+@pytest.mark.parametrize("rows", [7, 64, 8192])
+def test_pairing_within_documents_is_what_chance_gives(rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Also where pieces end within documents."""
+    monkeypatch.setattr("actcache.clients.states.MOST_ROWS", rows)
+    monkeypatch.setattr("actcache.clients.states.FEWEST_ROWS", 1)
+    generator = np.random.default_rng(8)
+    shared = generator.normal(size=(1, 9, 1, 4))
+    states = generator.normal(size=(2, 9, 11, 4)) + shared + np.array([2, 0, 0, -1])
+    ds = plant(states, tmp_path / "ds")
+    found = ac.geometry.similarity(ds)["cka_shuffled_in_documents"][0, 1]
+    x, y = states
+    shuffled = [
+        cka(x.reshape(-1, 4), np.concatenate([generator.permutation(document) for document in y])) for _ in range(3000)
+    ]
+    error = np.std(shuffled) / np.sqrt(len(shuffled))
+    assert abs(found - np.mean(shuffled)) < 4 * error
+    assert found > 5 * ac.geometry.similarity(ds)["cka_shuffled"][0, 1], "documents differ in both layers"
+    one = ac.geometry.similarity(ds.document(4))
+    np.testing.assert_allclose(one["cka_shuffled_in_documents"], one["cka_shuffled"], rtol=1e-5)
+    alone = ac.geometry.similarity(ds.where(position=3))
+    np.testing.assert_allclose(alone["cka_shuffled_in_documents"], alone["cka"], rtol=1e-5)
+
+
 @given(st.integers(4, 30), st.integers(1, 5), st.integers(1, 5), st.floats(-30, 30), st.integers(0, 2**32 - 1))
 def test_the_unbiased_estimate_needs_no_more_than_sums(n: int, d: int, k: int, shift: float, seed: int):
     generator = np.random.default_rng(seed)
     x = generator.normal(size=(n, d))
     y = generator.normal(size=(n, k)) + x[:, :1]
-    sums = PairSums(0.0, np.zeros(d), np.zeros(k), np.zeros((d, k)))
+    sums = PairSums.empty(d, k)
     for part in np.array_split(np.arange(n), 3):
         sums.add((x + shift)[part].astype(np.float64), y[part])
     assert sums.hsic == pytest.approx(hsic(x, y), abs=1e-5 * (1 + shift**2))
@@ -139,7 +162,7 @@ def test_the_unbiased_estimate_is_unbiased_and_the_other_is_not():
     found = []
     for _ in range(400):
         x, y = generator.normal(size=(2, 20, 8))
-        sums = PairSums(0.0, np.zeros(8), np.zeros(8), np.zeros((8, 8)))
+        sums = PairSums.empty(8, 8)
         sums.add(x, y)
         found.append((sums.hsic, np.square(sums.centred).sum() / 19**2))
     unbiased, biased = np.array(found).T

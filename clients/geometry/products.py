@@ -11,6 +11,7 @@ from threadpoolctl import threadpool_limits
 from actcache.cache.threads import spread
 from actcache.clients.bootstrap import Groups
 from actcache.clients.covariance import Products, centres
+from actcache.clients.geometry.documents import Between, Runs
 from actcache.clients.geometry.reading import by_group, only_sites
 from actcache.clients.states import States
 
@@ -26,6 +27,7 @@ class PairSums(Products):
         both: Σ ‖x‖² ‖y‖².
         x_by_y: Σ x ‖y‖², (d,) float64.
         y_by_x: Σ y ‖x‖², (k,) float64.
+        between: what documents share.
     """
 
     x_square: float = 0.0
@@ -33,6 +35,12 @@ class PairSums(Products):
     both: float = 0.0
     x_by_y: np.ndarray = field(default_factory=lambda: np.zeros(1))
     y_by_x: np.ndarray = field(default_factory=lambda: np.zeros(1))
+    between: Between = field(default_factory=lambda: Between(np.zeros((1, 1))))
+
+    @classmethod
+    def empty(cls, d: int, k: int) -> PairSums:
+        """Of no token."""
+        return cls(0.0, np.zeros(d), np.zeros(k), np.zeros((d, k)), between=Between(np.zeros((d, k))))
 
     def add(self, x: np.ndarray, y: np.ndarray) -> None:
         """Count rows x (n, d) and y (n, k), float32."""
@@ -49,6 +57,12 @@ class PairSums(Products):
     def centred(self) -> np.ndarray:
         """Σ (x − x̄)(y − ȳ)ᵀ, (d, k)."""
         return self.xy - np.outer(self.x, self.y) / self.n
+
+    @property
+    def shuffled_in_documents(self) -> float:
+        """The mean of ‖Σ (x − x̄)(y − ȳ)ᵀ‖² over all ways to pair the x of each document with its y: exact."""
+        kept = self.between.xy - np.outer(self.x, self.y) / self.n
+        return float(np.square(kept).sum()) + self.between.chance
 
     @property
     def hsic(self) -> float:
@@ -70,7 +84,7 @@ def tiles(read: States, kept: Sequence[np.ndarray], memory: int) -> Iterator[lis
     Each pass has the pairs of two runs of layers, and each of these layers with itself.
     """
     count = read.n_layers
-    most = max(3, memory // (8 * max(map(len, kept)) ** 2))
+    most = max(3, memory // (2 * 8 * max(map(len, kept)) ** 2))
     if count * (count + 1) // 2 <= most:
         yield [(i, j) for i in range(count) for j in range(i, count)]
         return
@@ -84,16 +98,28 @@ def tiles(read: States, kept: Sequence[np.ndarray], memory: int) -> Iterator[lis
 
 def pair_sums(read: States, kept: Sequence[np.ndarray], pairs: Sequence[Pair]) -> dict[Pair, PairSums]:
     """One pass over the data: the sums of some pairs of layers, of the `kept` dimensions of each."""
-    sums = {
-        (i, j): PairSums(0.0, np.zeros(len(kept[i])), np.zeros(len(kept[j])), np.zeros((len(kept[i]), len(kept[j]))))
-        for i, j in pairs
-    }
-    for _, x in _centred(read, kept, pairs):
+    sums = {(i, j): PairSums.empty(len(kept[i]), len(kept[j])) for i, j in pairs}
+    going_on: dict[int, Runs | None] = dict.fromkeys(number for pair in pairs for number in pair)
+    for low, x in _centred(read, kept, pairs):
+        owner = read.groups.of[low : low + len(next(iter(x.values())))]
+        runs: dict[int, Runs] = {}
+        last = low + len(owner) == len(read)
 
-        def add(pair: Pair, x: dict[int, np.ndarray] = x) -> None:
+        def cut(
+            number: int,
+            x: dict[int, np.ndarray] = x,
+            owner: np.ndarray = owner,
+            runs: dict[int, Runs] = runs,
+            last: bool = last,
+        ) -> None:
+            runs[number], going_on[number] = Runs.of(owner, x[number]).cut(going_on[number], last)
+
+        def add(pair: Pair, x: dict[int, np.ndarray] = x, runs: dict[int, Runs] = runs) -> None:
             sums[pair].add(x[pair[0]], x[pair[1]])
+            sums[pair].between.add(runs[pair[0]], runs[pair[1]])
 
         with threadpool_limits(1, user_api="blas"):
+            spread(cut, list(x))
             spread(add, list(sums))
     return sums
 

@@ -38,8 +38,9 @@ def similarity(
       2010.15327), exact, over all tokens as one batch. About 0, and as often below it, where layers have nothing to do with each
       other. The three estimates are unbiased, for independent tokens; their ratio is not quite.
     - `cka_shuffled`: control. The exact mean of `cka` over all ways to pair the tokens of one layer with those of the other,
-      √(PR(X) PR(Y)) / (n − 1) with the participation ratio PR = (tr C)² / tr C² (Kazi-Aoual et al. 1995, CSDA 20:643). Tokens of a
-      document are alike, so chance is larger than that: about as large as it were with so many fewer tokens.
+      √(PR(X) PR(Y)) / (n − 1) with the participation ratio PR = (tr C)² / tr C² (Kazi-Aoual et al. 1995, CSDA 20:643).
+    - `cka_shuffled_in_documents`: control. The exact mean over all ways to pair them within each document: what both layers tell of
+      the document, and not of the token, is left.
     - `covariance_cosine`: tr(Cx Cy) / (‖Cx‖ ‖Cy‖): whether two layers vary along the same directions of one basis, as the residual
       stream has. There only if all sites are equally wide.
     - `covariance_cosine_rotated`: control. tr Cx tr Cy / (d ‖Cx‖ ‖Cy‖), where the mean of tr(Cx Q Cy Qᵀ) over rotations Q is in the
@@ -89,7 +90,7 @@ class _Matrices:
         self.intervals = intervals and self.groups.count > 1
         self.same_width = len(set(map(len, kept))) == 1
         shape = (read.n_layers, read.n_layers)
-        names = ["cka", "cka_unbiased", "cka_shuffled"]
+        names = ["cka", "cka_unbiased", "cka_shuffled", "cka_shuffled_in_documents"]
         names += ["covariance_cosine", "covariance_cosine_rotated"] if self.same_width else []
         self.value = {name: np.full(shape, np.nan) for name in names}
         self.influence = {name: np.zeros((self.groups.count, *shape)) for name in ("cka", "covariance_cosine")}
@@ -120,6 +121,7 @@ class _Matrices:
         both = np.float64(norm[i] * norm[j])
         self._set("cka", pair, np.square(sums.centred).sum() / both)
         self._set("cka_unbiased", pair, sums.hsic / np.sqrt(np.float64(hsic[i] * hsic[j])))
+        self._set("cka_shuffled_in_documents", pair, sums.shuffled_in_documents / both)
         self._set("cka_shuffled", pair, trace[i] * trace[j] / ((sums.n - 1) * both))
 
     def _add_influence(
