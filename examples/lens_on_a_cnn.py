@@ -124,4 +124,5 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=200, help="steps of training")
     parser.add_argument("--no-fit", action="store_true", help="the logit lens and the geometry alone")
     given = parser.parse_args()
+    torch.set_num_threads(1)  # such small products take longer on several
     main(given.folder, given.steps, not given.no_fit)

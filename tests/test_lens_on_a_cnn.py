@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import actcache as ac
 from tests.test_capturable import example
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Such small products take longer on several."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def test_a_readout_serves_earlier_layers_where_there_are_residual_connections_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     module = example("lens_on_a_cnn")
-    monkeypatch.setattr(module, "IMAGES", 1200)
-    monkeypatch.setattr(module, "FITTED", 800)
+    monkeypatch.setattr(module, "IMAGES", 700)
+    monkeypatch.setattr(module, "FITTED", 300)
     module.main(tmp_path / "printed", steps=2, fit=False)
     assert "covariance_cosine_rotated" in capsys.readouterr().out
     loss, content, basis = {}, {}, {}
     for residual in (False, True):
-        _, measured = module.cached(residual, 120, tmp_path)
+        _, measured = module.cached(residual, 80, tmp_path)
         assert (measured.n_layers, measured.width, measured.vocabulary) == (6, module.WIDTH, module.CLASSES)
         assert len(measured) == 400
         loss[residual] = ac.lens.logit(measured)["loss"]
