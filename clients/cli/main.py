@@ -7,6 +7,7 @@ import click
 import actcache
 from actcache.clients.cli.build import build_command, seal_command
 from actcache.clients.cli.common import OneLineErrors, debug_option
+from actcache.clients.cli.geometry import geometry_group
 from actcache.clients.cli.inspect import info_command, ls_command, verify_command
 from actcache.clients.cli.lens import lens_group
 from actcache.clients.cli.plan import plan_command
@@ -40,5 +41,6 @@ for command in (
     ls_command,
     seal_command,
     lens_group,
+    geometry_group,
 ):
     main.add_command(command)
