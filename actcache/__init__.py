@@ -26,7 +26,7 @@ from actcache.schemas.errors import (
 from actcache.schemas.spec import Spec
 
 if TYPE_CHECKING:
-    from actcache.clients import lens
+    from actcache.clients import lens, probe
     from actcache.clients.dataset import Dataset
     from actcache.clients.joined import Joined
     from actcache.clients.opening import catalog, open, verify
@@ -49,6 +49,7 @@ _LAZY = {
     "lens": "actcache.clients",
     "open": "actcache.clients.opening",
     "plan": "actcache.jobs.planning",
+    "probe": "actcache.clients",
     "replay": "actcache.jobs.replaying",
     "verify": "actcache.clients.opening",
 }
@@ -76,6 +77,7 @@ __all__ = [
     "lens",
     "open",
     "plan",
+    "probe",
     "replay",
     "verify",
 ]
@@ -87,7 +89,7 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'actcache' has no attribute {name!r}")
     module = import_module(_LAZY[name])
-    return import_module(f"{_LAZY[name]}.{name}") if name == "lens" else getattr(module, name)
+    return import_module(f"{_LAZY[name]}.{name}") if name in ("lens", "probe") else getattr(module, name)
 
 
 def __dir__() -> list[str]:

@@ -223,11 +223,11 @@ def states(
             f"{ds.url}: states of different widths: {', '.join(f'{n} has {w}' for n, w in widths.items())}"
         )
     token, target = _pairs(ds, whole, targets, offset, max_tokens)
-    document, count = _numbered(whole, "document", token)
+    document, count = numbered(whole, "document", token)
     found = States(
         whole,
         names,
-        _labels(ds, sites),
+        site_labels(ds, sites),
         whole.head if head is None else head,
         token,
         target,
@@ -271,7 +271,7 @@ def _pairs(
     return token, targets[token + offset].astype(np.int64)
 
 
-def _numbered(whole: Whole, column: str, token: np.ndarray) -> tuple[np.ndarray, int]:
+def numbered(whole: Whole, column: str, token: np.ndarray) -> tuple[np.ndarray, int]:
     """A column of some tokens, its values numbered from 0, and how many there are."""
     first = int(token[0])
     values = whole.rows(column, first, int(token[-1]) + 1)[token - first]
@@ -279,7 +279,7 @@ def _numbered(whole: Whole, column: str, token: np.ndarray) -> tuple[np.ndarray,
     return numbers, len(kept)
 
 
-def _labels(ds: Selectable, sites: Sequence[str] | None) -> tuple[str, ...]:
+def site_labels(ds: Selectable, sites: Sequence[str] | None) -> tuple[str, ...]:
     """What the sites are called: a block's output by its number, what is before the first `embed`."""
     if sites is not None:
         return tuple(sites)

@@ -10,6 +10,7 @@ from actcache.clients.cli.common import OneLineErrors, debug_option
 from actcache.clients.cli.inspect import info_command, ls_command, verify_command
 from actcache.clients.cli.lens import lens_group
 from actcache.clients.cli.plan import plan_command
+from actcache.clients.cli.probe import probe_group
 from actcache.clients.cli.prove import prove_command
 from actcache.clients.cli.replay import replay_command
 
@@ -40,5 +41,6 @@ for command in (
     ls_command,
     seal_command,
     lens_group,
+    probe_group,
 ):
     main.add_command(command)
