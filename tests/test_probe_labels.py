@@ -197,3 +197,20 @@ def test_a_pickle_is_not_loaded(built: str, tmp_path: Path):
     code, output = call(built, "--labels", tmp_path / "l.npy")
     assert code == 2
     assert "no array" in output
+
+
+def test_the_classes_of_the_example(written: ac.Dataset):
+    from examples.code_tokens_probe import classes, spans
+
+    text = "for x in y:\n  é = 3.5 + 'é' # for\n"
+    found = [(text[start:end], kind) for start, end, kind in spans(text)]
+    assert found == [
+        *[("for", "keyword"), ("x", "name"), ("in", "keyword"), ("y", "name"), (":", "operator")],
+        *[("é", "name"), ("=", "operator"), ("3.5", "number"), ("+", "operator")],
+        *[("'é'", "string"), ("# for", "comment")],
+    ]
+    assert [kind for _, _, kind in spans("x = (1,\n")] == ["name", "operator", "operator", "number", "operator"]
+    labels = classes(written)
+    first = [label for label, owner in zip(labels, written.tokens["document"], strict=True) if owner == 0]
+    assert first[0] == "keyword"
+    assert "whitespace" in first
