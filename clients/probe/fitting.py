@@ -41,7 +41,7 @@ def fit(
     seed: int = 0,
     control: bool | Literal["type", "document"] = True,
     draws: int | None = None,
-    tolerance: float = 1e-5,
+    tolerance: float = 1e-4,
     max_tokens: int | None = None,
     quantised: str | None = None,
 ) -> Probe:
@@ -72,8 +72,8 @@ def fit(
         control: draw labels of the control by `type`, or `document`; True for the second where no document has two labels; False for no
             control.
         draws: how many control tasks to take the mean of; by default 5 (ridge) or 1 (logistic), whose fits take that much longer.
-        tolerance: of `logistic`, the largest component of the mean loss's gradient that is taken as none, in nats; what is left after
-            500 passes a warning tells.
+        tolerance: of `logistic`, the largest component of the mean loss's gradient that is taken as none, in nats, by default
+            scikit-learn's; a warning tells what is left after 500 passes.
         max_tokens: how many tokens of the dataset or selection to look at.
         quantised: a kind (`int8`, `fp8`) to read the states in.
 
