@@ -26,7 +26,7 @@ from actcache.schemas.errors import (
 from actcache.schemas.spec import Spec
 
 if TYPE_CHECKING:
-    from actcache.clients import figures, geometry, lens
+    from actcache.clients import figures, geometry, lens, probe
     from actcache.clients.dataset import Dataset
     from actcache.clients.joined import Joined
     from actcache.clients.opening import catalog, open, verify
@@ -51,6 +51,7 @@ _LAZY = {
     "lens": "actcache.clients",
     "open": "actcache.clients.opening",
     "plan": "actcache.jobs.planning",
+    "probe": "actcache.clients",
     "replay": "actcache.jobs.replaying",
     "verify": "actcache.clients.opening",
 }
@@ -79,6 +80,7 @@ __all__ = [
     "lens",
     "open",
     "plan",
+    "probe",
     "replay",
     "verify",
 ]

@@ -240,7 +240,7 @@ def states(
     found = States(
         whole,
         names,
-        _labels(ds, sites),
+        site_labels(ds, sites),
         whole.head if head is None else head,
         token,
         target,
@@ -302,7 +302,7 @@ def numbered(whole: Whole, column: str, token: np.ndarray) -> tuple[np.ndarray, 
     return numbers, len(kept)
 
 
-def _labels(ds: Selectable, sites: Sequence[str] | None) -> tuple[str, ...]:
+def site_labels(ds: Selectable, sites: Sequence[str] | None) -> tuple[str, ...]:
     """What the sites are called: a block's output by its number, what is before the first `embed`."""
     if sites is not None:
         return tuple(sites)

@@ -11,6 +11,7 @@ from actcache.clients.cli.geometry import geometry_group
 from actcache.clients.cli.inspect import info_command, ls_command, verify_command
 from actcache.clients.cli.lens import lens_group
 from actcache.clients.cli.plan import plan_command
+from actcache.clients.cli.probe import probe_group
 from actcache.clients.cli.prove import prove_command
 from actcache.clients.cli.replay import replay_command
 
@@ -42,5 +43,6 @@ for command in (
     seal_command,
     lens_group,
     geometry_group,
+    probe_group,
 ):
     main.add_command(command)
