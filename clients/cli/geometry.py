@@ -7,11 +7,12 @@ from typing import Any, TypeVar
 
 import click
 
-from actcache.clients.cli.common import print_json, reading_options, with_options
+from actcache.clients.cli.common import reading_options, with_options
+from actcache.clients.cli.output import give, output_options
 from actcache.clients.geometry import massive, norms, similarity, spectrum
 from actcache.clients.opening import open as open_dataset
 from actcache.clients.results import Results
-from actcache.schemas.errors import InvalidInput, StoreError
+from actcache.schemas.errors import InvalidInput
 from actcache.schemas.quantised import KINDS
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -22,7 +23,7 @@ shared_options = with_options(
         "--sites", metavar="NAMES", help="Names of sites, separated by commas, instead of the residual stream."
     ),
     click.option("--quantized", "quantised", type=click.Choice(KINDS), help="Read this quantised form of each state."),
-    click.option("--csv", "csv_file", metavar="FILE", help="Write every number with its unit and interval as CSV."),
+    output_options(),
     reading_options,
 )
 without_option: Callable[[F], F] = click.option(
@@ -103,19 +104,11 @@ def _show(
     options: dict[str, Any],
     **arguments: Any,
 ) -> None:
-    as_json, csv_file, sites = options.pop("as_json"), options.pop("csv_file"), options.pop("sites")
+    as_json, csv, plot, sites = (options.pop(name) for name in ("as_json", "csv", "plot", "sites"))
     chosen = {name: options.pop(name) for name in ("max_tokens", "quantised")}
     ds = open_dataset(url, **options)
     found = measure(ds, sites=None if sites is None else [s.strip() for s in sites.split(",")], **chosen, **arguments)
-    if as_json:
-        print_json(found.to_dict())
-    else:
-        click.echo(repr(found))
-    if csv_file is not None:
-        try:
-            click.echo(str(found.to_csv(csv_file).absolute()), err=as_json)
-        except OSError as error:
-            raise StoreError(f"--csv {csv_file}: cannot be written ({error.strerror})") from None
+    give(found, as_json, csv, plot)
 
 
 def _numbers(text: str | None) -> list[int]:

@@ -6,6 +6,7 @@ import click
 
 from actcache.clients.cli.common import print_json, reading_options
 from actcache.clients.cli.label_sources import SOURCES, labels_of
+from actcache.clients.cli.output import output_options, write
 from actcache.clients.opening import open as open_dataset
 from actcache.clients.probe import fit
 from actcache.schemas.quantised import KINDS
@@ -35,8 +36,8 @@ def probe_group() -> None:
 @click.option("--seed", default=0, show_default=True, metavar="N", help="Of the held-out documents and the control.")
 @click.option("--max-tokens", type=click.IntRange(1), metavar="N", help="Go over the first N tokens alone.")
 @click.option("--quantized", "quantised", type=click.Choice(KINDS), help="Read this quantised form of each state.")
-@click.option("--csv", "csv_file", metavar="FILE", help="Write the measures as CSV.")
 @click.option("--save", metavar="FILE", help="Write the probe as safetensors.")
+@output_options("Draw the measures by layer")
 @reading_options
 def fit_command(
     url: str,
@@ -51,8 +52,9 @@ def fit_command(
     seed: int,
     max_tokens: int | None,
     quantised: str | None,
-    csv_file: str | None,
     save: str | None,
+    csv: str | None,
+    plot: str | None,
     endpoint_url: str | None,
     profile: str | None,
     anonymous: bool,
@@ -83,7 +85,6 @@ def fit_command(
         print_json({"sites": list(probe.sites), **probe.results.to_dict()})
     else:
         click.echo(repr(probe))
-    if csv_file is not None:
-        click.echo(str(probe.results.to_csv(csv_file).absolute()), err=as_json)
+    write(probe.results, as_json, csv, plot)
     if save is not None:
         click.echo(str(probe.save(save).absolute()), err=as_json)

@@ -90,6 +90,7 @@ def fit(
     lens = identity(read, shared) if kind == "tuned" and start == "zero" else ridge(read, shared, found)
     facts: dict[str, Any] = {
         "dataset": read.ds.key,
+        "labels": list(read.labels),
         "tokens": len(read),
         f"{read.groups.by}s": read.groups.count,
         "seed": seed,

@@ -50,6 +50,11 @@ class Progress:
     tokens: int
     kl: np.ndarray
 
+    @property
+    def text(self) -> str:
+        """The tokens and the mean KL over layers, in words."""
+        return f"{self.tokens:,} tokens  KL {np.mean(self.kl):.3f} nats"
+
 
 @dataclass(frozen=True)
 class Course:
