@@ -4,8 +4,23 @@ Every function takes a dataset, a selection, or `states(…)` of one, which says
 """
 
 from actcache.cache.head import Head
+from actcache.clients.lens.errors import error_prediction
 from actcache.clients.lens.logit import evaluate, logit
+from actcache.clients.lens.trajectories import Trajectories, trajectories
 from actcache.clients.lens.translators import Lens, identity
+from actcache.clients.lens.updates import alignment
 from actcache.clients.states import States, states
 
-__all__ = ["Head", "Lens", "States", "evaluate", "identity", "logit", "states"]
+__all__ = [
+    "Head",
+    "Lens",
+    "States",
+    "Trajectories",
+    "alignment",
+    "error_prediction",
+    "evaluate",
+    "identity",
+    "logit",
+    "states",
+    "trajectories",
+]

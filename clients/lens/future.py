@@ -1,0 +1,145 @@
+"""What a state says about tokens further ahead than the next one: the future lens, with what it would say of nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from actcache.clients.buffered import Batch
+from actcache.clients.evaluation import Prediction, by_block
+from actcache.clients.field import TOKEN
+from actcache.clients.lens.lagged import reaches
+from actcache.clients.lens.sampling import Others, spaced
+from actcache.clients.lens.tally import Tally
+from actcache.clients.lens.translators import Lens
+from actcache.clients.results import Measure, Results
+from actcache.clients.selection import Selectable
+from actcache.clients.states import Piece, States
+from actcache.schemas.errors import InvalidInput
+
+MAX_TOKENS = 40_000
+OFFSETS = (0, 1, 2, 3)
+OWN = {"loss": "nats", "kl": "nats", "agreement": "share", "accuracy": "share"}
+UNITS = {**OWN, **{f"{name}_shuffled": unit for name, unit in OWN.items()}, "gain": "nats", "gain_accuracy": "share"}
+
+
+def measured(
+    fit: Callable[[States], Lens],
+    ds: Selectable | States,
+    offsets: Sequence[int] = OFFSETS,
+    max_tokens: int | None = MAX_TOKENS,
+    held_out: float = 0.2,
+    seed: int = 0,
+) -> Results:
+    """`future` with lenses that `fit` makes of states with an offset."""
+    offsets = tuple(offsets)
+    if not offsets or min(offsets) < 0 or len(set(offsets)) < len(offsets):
+        raise InvalidInput(f"offsets={offsets}: give different numbers of tokens, each at least 0")
+    read = spaced(ds, max_tokens)
+    if read.offset:
+        raise InvalidInput(f"the states look {read.offset} tokens ahead; give some with offset=0, and offsets=")
+    last = np.flatnonzero(reaches(read, max(offsets)))
+    if not len(last):
+        raise InvalidInput(f"{read.ds.url}: no token has one {max(offsets)} tokens later in its sequence")
+    fitted, held = read.only(last - max(offsets)).split(held_out, seed)
+    found: list[dict[str, Measure]] = []
+    unigram: list[dict[str, Measure]] = []
+    kind = ""
+    for offset in offsets:
+        own, outside = (_ahead(read, part, offset) for part in (fitted, held))
+        lens, null = fit(own), fit(_mispaired(own, seed))
+        kind = lens.kind
+        tally = Tally(UNITS, outside.groups, (read.n_layers,))
+        for piece in outside.pieces():
+            tally.add(piece.low, _of_piece(lens, null, outside, piece))
+        found.append(tally.measures(("layer",)))
+        unigram.append(_unigram(own.target, outside))
+    facts = {"lens": kind, **read.facts(), "held_out_tokens": len(held)}
+    facts |= {f"held_out_{held.groups.by}s": held.groups.count, "seed": seed}
+    measures = _side_by_side(found, ("layer", "offset")) | _side_by_side(unigram, ("offset",))
+    return Results(measures, {"layer": read.labels, "offset": [str(offset) for offset in offsets]}, facts)
+
+
+def _ahead(read: States, part: States, offset: int) -> States:
+    """Some tokens of all that are read, with the prediction that is made so many tokens later."""
+    later = np.searchsorted(read.token, part.token) + offset
+    return replace(part, offset=offset, target=read.target[later])
+
+
+@dataclass(frozen=True)
+class _Mispaired(States):
+    """States that are to be translated into the final state of a random token, of `pool` (token, d)."""
+
+    pool: np.ndarray | None = None
+    seed: int = 0
+
+    def final(self, batch: Batch) -> np.ndarray:
+        """See `States`."""
+        if self.pool is None:
+            raise InvalidInput("final states of random tokens were not given")
+        generator = np.random.default_rng([self.seed, 2, int(batch[TOKEN][0])])
+        return self.pool[generator.integers(len(self.pool), size=len(batch[TOKEN]))]
+
+
+def _mispaired(read: States, seed: int) -> States:
+    fields = {name: getattr(read, name) for name in States.__dataclass_fields__}
+    targets = np.random.default_rng([seed, 3]).permutation(read.target)
+    return _Mispaired(**{**fields, "target": targets}, pool=Others.of(read, seed).final, seed=seed)
+
+
+def _of_piece(lens: Lens, null: Lens, read: States, piece: Piece) -> np.ndarray:
+    """Those of `UNITS` of held-out tokens, (measure, layer, n) float32."""
+    target = read.target[piece.low : piece.high]
+    out = np.empty((len(UNITS), read.n_layers, len(target)), np.float32)
+
+    def measure(rows: slice) -> None:
+        final = Prediction.of(read.head.logits(piece.final[rows]))
+        for layer, state in enumerate(piece.states):
+            out[: len(OWN), layer, rows] = _own(lens, read, layer, state[rows], final, target[rows])
+            if lens.translator(layer) is None:
+                out[len(OWN) : 2 * len(OWN), layer, rows] = np.nan
+            else:
+                out[len(OWN) : 2 * len(OWN), layer, rows] = _own(null, read, layer, state[rows], final, target[rows])
+        loss, accuracy = (out[list(OWN).index(name), :, rows] for name in ("loss", "accuracy"))
+        out[-2, :, rows] = loss[0] - loss
+        out[-1, :, rows] = accuracy - accuracy[0]
+
+    by_block(len(target), read.vocabulary, measure)
+    return out
+
+
+def _own(lens: Lens, read: States, layer: int, h: np.ndarray, final: Prediction, target: np.ndarray) -> np.ndarray:
+    """Those of `OWN` of a lens, (measure, n)."""
+    found = Prediction.of(lens.logits(read.head, layer, h))
+    best = found.best
+    return np.stack([found.loss(target), final.kl(found), best == final.best, best == target])
+
+
+def _unigram(seen: np.ndarray, held: States) -> dict[str, Measure]:
+    """Cross-entropy and accuracy of the frequencies of tokens, each counted once more than it was seen (Laplace)."""
+    counts = np.bincount(seen, minlength=held.vocabulary) + 1.0
+    log = np.log(counts / counts.sum())
+    tally = Tally({"loss_unigram": "nats", "accuracy_unigram": "share"}, held.groups, ())
+    tally.add(0, np.stack([-log[held.target], (held.target == counts.argmax()).astype(np.float64)]))
+    return tally.measures(())
+
+
+def _side_by_side(found: Sequence[dict[str, Measure]], axes: tuple[str, ...]) -> dict[str, Measure]:
+    """The measures of each offset along a last axis."""
+
+    def joined(ends: Sequence[np.ndarray | None]) -> np.ndarray | None:
+        there = [end for end in ends if end is not None]
+        return np.stack(there, axis=-1) if len(there) == len(ends) else None
+
+    return {
+        name: Measure(
+            np.stack([each[name].value for each in found], axis=-1),
+            first.unit,
+            axes,
+            joined([each[name].low for each in found]),
+            joined([each[name].high for each in found]),
+        )
+        for name, first in found[0].items()
+    }
