@@ -96,7 +96,7 @@ def test_losses_through_a_lens(built: str):
     )
     h = ds.resid[1].compute()[read.token]
     final = Prediction.of(ds.head.logits(ds.resid[-1].compute()[read.token]))
-    found, (ce, kl) = of_losses(lens, ds.head, 1, h, read.target, [final])
+    found, (ce, kl) = of_losses(lens, ds.head, 1, h, [read.target], [final])
     x = torch.from_numpy(h).double().requires_grad_()
     moved = x + x @ torch.from_numpy(lens.weight[1]).double().T + torch.from_numpy(lens.bias[1]).double()
     log = torch.log_softmax(in_torch(ds.head, moved), -1)

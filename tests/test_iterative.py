@@ -87,6 +87,7 @@ def test_gradient_steps_are_found(generator, tmp_path: Path):
     for control in ("cosine_permuted", "cosine_random"):
         assert np.abs(found[control]).max() < 0.03
     assert found["excess"].min() > 0.95
+    assert found.interval("excess_target")[0].min() > 0.3
     np.testing.assert_allclose(found["predicted_decrease"], [each[1].mean() for each in losses], rtol=1e-3)
     np.testing.assert_allclose(found["decrease"][0], (losses[0][0] - losses[1][0]).mean(), rtol=1e-3)
     np.testing.assert_allclose(found["decrease"], found["predicted_decrease"], rtol=0.1)
@@ -99,7 +100,8 @@ def test_random_updates_read_as_null(generator, tmp_path: Path):
     first = noise(generator)
     read = dataset([first, first + noise(generator)], tmp_path / "ds", targets(generator), head(generator))
     found = ac.lens.alignment(ac.lens.identity(read), read)
-    for name in ("cosine", "cosine_permuted", "cosine_random", "excess", "cosine_centred", "predicted_decrease"):
+    names = ("cosine", "cosine_permuted", "cosine_random", "excess", "excess_target", "cosine_centred", "predicted_decrease")  # fmt: skip
+    for name in names:
         assert holds(found, name), name
         assert found[name].shape == (1,)
 
@@ -116,6 +118,18 @@ def test_the_mean_update_alone_is_no_excess(generator, tmp_path: Path):
     assert abs(found["excess"][0]) < 0.02
     assert holds(found, "excess")
     assert abs(found["cosine_centred"][0]) < 0.05
+
+
+def test_leaving_the_present_prediction_is_not_leading_to_what_comes(generator, tmp_path: Path):
+    """Each update lowers the most probable token alone: it fits its token, and knows nothing of the target."""
+    model, target, first = head(generator), targets(generator), noise(generator)
+    best = model.logits(first).argmax(axis=1)
+    away = gradients(model, first, best)[0]
+    read = dataset([first, (first + 0.1 * away).astype(np.float32)], tmp_path / "ds", target, model)
+    found = ac.lens.alignment(ac.lens.identity(read), read)
+    assert found.interval("excess")[0][0] > 0.1
+    assert holds(found, "excess_target")
+    assert abs(found["excess_target"][0]) < 0.03
 
 
 def test_a_block_that_does_nothing_has_no_cosine(generator, tmp_path: Path):
@@ -344,6 +358,9 @@ def test_real_states_and_selections(built: str):
     loss = ac.lens.evaluate(lens, some)["loss"]
     np.testing.assert_allclose(found["decrease"], -np.diff(loss), atol=1e-4)
     np.testing.assert_allclose(found["decrease_next_lens"], found["decrease"], atol=1e-6)
+    untrained = ac.lens.alignment(lens, ds)
+    assert np.abs(untrained["excess"]).max() < 0.02, "weights that were drawn at random descend nothing"
+    assert np.abs(untrained["excess_target"]).max() < 0.02
     depth = ac.lens.trajectories(lens, some)
     assert depth["share"].sum() == pytest.approx(1)
     np.testing.assert_allclose(depth.loss.mean(), loss[-1], rtol=1e-4)

@@ -9,11 +9,13 @@ from actcache.clients.lens.logit import evaluate, logit
 from actcache.clients.lens.trajectories import Trajectories, trajectories
 from actcache.clients.lens.translators import Lens, identity
 from actcache.clients.lens.updates import alignment
+from actcache.clients.results import Results
 from actcache.clients.states import States, states
 
 __all__ = [
     "Head",
     "Lens",
+    "Results",
     "States",
     "Trajectories",
     "alignment",

@@ -52,18 +52,26 @@ def through(lens: Lens, head: Head, layer: int, h: np.ndarray) -> tuple[np.ndarr
 
 
 def of_losses(
-    lens: Lens, head: Head, layer: int, h: np.ndarray, target: np.ndarray, finals: Sequence[Prediction] = ()
+    lens: Lens,
+    head: Head,
+    layer: int,
+    h: np.ndarray,
+    targets: Sequence[np.ndarray],
+    finals: Sequence[Prediction] = (),
 ) -> tuple[Prediction, list[np.ndarray]]:
     """What a lens predicts of states (n, d), and gradients with regard to them, each (n, d).
 
-    The first is of the cross-entropy of `target` (n,) ids: J^T (q - onehot(target)), with q the prediction and J the Jacobian of the
-    logits. Then, of each p of `finals`, that of KL(p ‖ q): J^T (q - p).
+    First, of each of `targets`, (n,) ids, that of their cross-entropy: J^T (q - onehot(target)), with q the prediction and J the
+    Jacobian of the logits. Then, of each p of `finals`, that of KL(p ‖ q): J^T (q - p).
     """
     logits, pullback = through(lens, head, layer, h)
     found = Prediction.of(logits)
-    wrong = found.probability.copy()
-    wrong[np.arange(len(target)), target] -= 1
-    return found, [pullback(wrong), *(pullback(found.probability - final.probability) for final in finals)]
+    gradients = []
+    for target in targets:
+        wrong = found.probability.copy()
+        wrong[np.arange(len(target)), target] -= 1
+        gradients.append(pullback(wrong))
+    return found, [*gradients, *(pullback(found.probability - final.probability) for final in finals)]
 
 
 def _back(head: Head, operation: Operation, x: np.ndarray, y: np.ndarray, gradient: np.ndarray) -> np.ndarray:

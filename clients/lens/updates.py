@@ -19,6 +19,8 @@ UNITS = {
     "cosine": "1",
     "cosine_permuted": "1",
     "excess": "1",
+    "cosine_other_target": "1",
+    "excess_target": "1",
     "cosine_centred": "1",
     "cosine_random": "1",
     "cosine_kl": "1",
@@ -37,7 +39,9 @@ def alignment(lens: Lens, ds: Selectable | States, max_tokens: int | None = MAX_
     head and the lens. Every measure is by block, labelled by the state after it:
 
     - `cosine`: of Δh and -g; `cosine_permuted`: of the Δh of a random token of another document and the same -g; what is left of the
-      cosine there is of the mean update and the mean gradient alone. `excess`: the first less the second, the number to read.
+      cosine there is of the mean update and the mean gradient alone. `excess`: the first less the second: the update fits its token.
+    - `cosine_other_target`: of Δh and -g as it would be if what came had been what came after that other token. What is left there
+      leads away from q, wherever to. `excess_target`: the first less this: the update leads to the token that came.
     - `cosine_centred`: of Δh less its mean over the whole dataset and -g.
     - `cosine_random`: of a random direction and -g: 0, with a standard deviation of 1/√d a token (`random_sd` among the facts).
     - `cosine_kl`, `cosine_kl_permuted`: the same with the gradient of KL(final ‖ q_l). Δh is part of the final state, so that this one
@@ -84,15 +88,19 @@ def _of_piece(lens: Lens, read: States, piece: Piece, others: Others, middle: np
             h, after = piece.states[block][rows], piece.states[block + 1][rows]
             other = others.states[block + 1, drawn[rows]] - others.states[block, drawn[rows]]
             update = after - h
-            found, (gradient, towards_final) = of_losses(lens, read.head, block, h, target[rows], [final])
+            wanted = [target[rows], others.read.target[drawn[rows]]]
+            found, (gradient, elsewhere, towards_final) = of_losses(lens, read.head, block, h, wanted, [final])
             loss = found.loss(target[rows])
             same = Prediction.of(lens.logits(read.head, block, after)).loss(target[rows])
             own = same if lens.kind == "logit" else _loss(lens, read, block + 1, after, target[rows])
             plain, permuted = cosine(update, -gradient), cosine(other, -gradient)
+            mistaken = cosine(update, -elsewhere)
             out[:, block, rows] = (
                 plain,
                 permuted,
                 plain - permuted,
+                mistaken,
+                plain - mistaken,
                 cosine(update - middle[block], -gradient),
                 cosine(generator.standard_normal(h.shape, np.float32), -gradient),
                 cosine(update, -towards_final),
