@@ -306,7 +306,9 @@ def test_tokens_ahead_are_found_where_they_are_and_not_elsewhere(generator, tmp_
     assert accuracy.shape == (3, 3)
     assert accuracy[2, 0] == 1
     assert accuracy[1, 1] > 0.95
-    assert found.interval("gain")[0][1, 1] > 1
+    for name in ("gain_over_first", "gain_over_unigram"):
+        assert found.interval(name)[0][1, 1] > 1
+        assert found.interval(name)[0][2, 0] > 1
     assert found["loss"][1, 1] < found["loss_unigram"][1] - 1
     null = np.ones((3, 3), bool)
     null[2, 0] = null[1, 1] = False
@@ -317,7 +319,10 @@ def test_tokens_ahead_are_found_where_they_are_and_not_elsewhere(generator, tmp_
     assert there.sum() == 8
     assert found["accuracy_shuffled"][there].max() < 3 / V
     assert found["loss_shuffled"][there].min() > np.log(V) - 0.05
-    assert found["gain"][0].max() == 0
+    assert found["gain_over_first"][0].max() == 0
+    assert found["gain_over_unigram"][null].max() < 0.05
+    assert found.interval("gain_over_unigram")[0][null].max() < 0
+    assert np.abs(found["accuracy_over_unigram"][null]).max() < 0.07
     np.testing.assert_allclose(found["loss_unigram"], np.log(V), atol=0.1)
 
 

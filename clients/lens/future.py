@@ -22,7 +22,13 @@ from actcache.schemas.errors import InvalidInput
 MAX_TOKENS = 40_000
 OFFSETS = (0, 1, 2, 3)
 OWN = {"loss": "nats", "kl": "nats", "agreement": "share", "accuracy": "share"}
-UNITS = {**OWN, **{f"{name}_shuffled": unit for name, unit in OWN.items()}, "gain": "nats", "gain_accuracy": "share"}
+GAINS = {
+    "gain_over_first": "nats",
+    "gain_over_unigram": "nats",
+    "accuracy_over_first": "share",
+    "accuracy_over_unigram": "share",
+}
+UNITS = {**OWN, **{f"{name}_shuffled": unit for name, unit in OWN.items()}, **GAINS}
 
 
 def measured(
@@ -51,11 +57,12 @@ def measured(
         own, outside = (_ahead(read, part, offset) for part in (fitted, held))
         lens, null = fit(own), fit(_mispaired(own, seed))
         kind = lens.kind
+        frequent = _Unigram.of(own.target, read.vocabulary)
         tally = Tally(UNITS, outside.groups, (read.n_layers,))
         for piece in outside.pieces():
-            tally.add(piece.low, _of_piece(lens, null, outside, piece))
+            tally.add(piece.low, _of_piece(lens, null, frequent, outside, piece))
         found.append(tally.measures(("layer",)))
-        unigram.append(_unigram(own.target, outside))
+        unigram.append(frequent.measures(outside))
     facts = {"lens": kind, **read.facts(), "held_out_tokens": len(held)}
     facts |= {f"held_out_{held.groups.by}s": held.groups.count, "seed": seed}
     measures = _side_by_side(found, ("layer", "offset")) | _side_by_side(unigram, ("offset",))
@@ -89,7 +96,30 @@ def _mispaired(read: States, seed: int) -> States:
     return _Mispaired(**{**fields, "target": targets}, pool=Others.of(read, seed).final, seed=seed)
 
 
-def _of_piece(lens: Lens, null: Lens, read: States, piece: Piece) -> np.ndarray:
+@dataclass(frozen=True)
+class _Unigram:
+    """How often tokens come: logarithms of probabilities, (vocabulary,)."""
+
+    log: np.ndarray
+
+    @classmethod
+    def of(cls, seen: np.ndarray, vocabulary: int) -> _Unigram:
+        """By those seen, each counted once more than it was (Laplace)."""
+        counts = np.bincount(seen, minlength=vocabulary) + 1.0
+        return cls(np.log(counts / counts.sum()))
+
+    def scores(self, target: np.ndarray) -> np.ndarray:
+        """Cross-entropy, nats, and whether the most frequent token is the one that came: (2, n)."""
+        return np.stack([-self.log[target], target == self.log.argmax()])
+
+    def measures(self, read: States) -> dict[str, Measure]:
+        """Their means over some tokens."""
+        tally = Tally({"loss_unigram": "nats", "accuracy_unigram": "share"}, read.groups, ())
+        tally.add(0, self.scores(read.target))
+        return tally.measures(())
+
+
+def _of_piece(lens: Lens, null: Lens, frequent: _Unigram, read: States, piece: Piece) -> np.ndarray:
     """Those of `UNITS` of held-out tokens, (measure, layer, n) float32."""
     target = read.target[piece.low : piece.high]
     out = np.empty((len(UNITS), read.n_layers, len(target)), np.float32)
@@ -103,8 +133,8 @@ def _of_piece(lens: Lens, null: Lens, read: States, piece: Piece) -> np.ndarray:
             else:
                 out[len(OWN) : 2 * len(OWN), layer, rows] = _own(null, read, layer, state[rows], final, target[rows])
         loss, accuracy = (out[list(OWN).index(name), :, rows] for name in ("loss", "accuracy"))
-        out[-2, :, rows] = loss[0] - loss
-        out[-1, :, rows] = accuracy - accuracy[0]
+        by_count, right = frequent.scores(target[rows])
+        out[-len(GAINS) :, :, rows] = loss[0] - loss, by_count - loss, accuracy - accuracy[0], accuracy - right
 
     by_block(len(target), read.vocabulary, measure)
     return out
@@ -115,15 +145,6 @@ def _own(lens: Lens, read: States, layer: int, h: np.ndarray, final: Prediction,
     found = Prediction.of(lens.logits(read.head, layer, h))
     best = found.best
     return np.stack([found.loss(target), final.kl(found), best == final.best, best == target])
-
-
-def _unigram(seen: np.ndarray, held: States) -> dict[str, Measure]:
-    """Cross-entropy and accuracy of the frequencies of tokens, each counted once more than it was seen (Laplace)."""
-    counts = np.bincount(seen, minlength=held.vocabulary) + 1.0
-    log = np.log(counts / counts.sum())
-    tally = Tally({"loss_unigram": "nats", "accuracy_unigram": "share"}, held.groups, ())
-    tally.add(0, np.stack([-log[held.target], (held.target == counts.argmax()).astype(np.float64)]))
-    return tally.measures(())
 
 
 def _side_by_side(found: Sequence[dict[str, Measure]], axes: tuple[str, ...]) -> dict[str, Measure]:
