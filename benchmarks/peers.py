@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -18,6 +15,7 @@ import torch
 from actcache.jobs.encode import load_tokenizer
 from benchmarks import build
 from benchmarks.material import CONTEXT, Material, random_gpt2, random_text
+from benchmarks.peers_environment import Unavailable, environment, run_side
 from benchmarks.peers_side import BARE, Job
 from benchmarks.ratio import Result, compare
 
@@ -34,12 +32,6 @@ NOTE = f"""  float32; 32 sequences of {CONTEXT} tokens in batches of 4, the same
                    of which the first runs one block and the last all eight."""
 SEQUENCES, BATCH = 32, 4  # as in `build`
 PEERS = ("transformer-lens", "nnsight", "sae-lens")
-ROOT = Path(__file__).parent.parent
-ENVIRONMENTS, REQUIREMENTS = ROOT / ".peers", Path(__file__).parent / "peers_env"
-
-
-class Unavailable(Exception):
-    """A peer that cannot be installed, or that fails, and why."""
 
 
 def run(material: Material) -> Iterator[Result]:
@@ -52,10 +44,10 @@ def run(material: Material) -> Iterator[Result]:
     tokens = _tokens(model, folder)
     for peer in ("plain", *PEERS):
         try:
-            python = Path(sys.executable) if peer == "plain" else _environment(peer)
+            python = Path(sys.executable) if peer == "plain" else environment(peer)
             with tempfile.TemporaryDirectory(prefix="actcache-benchmarks-", dir=material.memory) as files:
                 job = Job(str(model), str(tokens), files, torch.get_num_threads(), BATCH)
-                measured = _measured(python, peer, job)
+                measured = run_side(python, "benchmarks.peers_side", peer, json.dumps(asdict(job)), home=files)
         except Unavailable as reason:
             print(f"  {peer}: skipped, {reason}", flush=True)
             continue
@@ -77,49 +69,3 @@ def _tokens(model: Path, folder: Path) -> Path:
     path = folder / "tokens.npy"
     np.save(path, ids.reshape(SEQUENCES, CONTEXT))
     return path
-
-
-def _environment(peer: str) -> Path:
-    """The Python of a peer's environment, made if it is not there or if other versions are asked for.
-
-    Raises:
-        Unavailable: pip cannot install it.
-    """
-    folder, requirements = ENVIRONMENTS / peer, REQUIREMENTS / f"{peer}.txt"
-    python, installed = folder / "bin" / "python", folder / ".installed"
-    wanted = requirements.read_text(encoding="utf-8")
-    if installed.is_file() and installed.read_text(encoding="utf-8") == wanted:
-        return python
-    print(f"  {peer}: installing {', '.join(wanted.split())} into {folder}", flush=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    environment = {name: value for name, value in os.environ.items() if name != "XDG_CACHE_HOME"}  # pip's own cache
-    for command in (
-        [sys.executable, "-m", "venv", str(folder)],
-        [str(python), "-m", "pip", "install", "--quiet", "--requirement", str(requirements)],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        if done.returncode:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise Unavailable(f"cannot be installed: {_last_line(done)}")
-    installed.write_text(wanted, encoding="utf-8")
-    return python
-
-
-def _measured(python: Path, peer: str, job: Job) -> Mapping[str, Mapping]:
-    """What a side prints: `times`, seconds by way and round, and `differences` of what it captured.
-
-    Raises:
-        Unavailable: it fails.
-    """
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": job.folder, "PYTHONPATH": str(ROOT)}
-    command = [str(python), "-m", "benchmarks.peers_side", peer, json.dumps(asdict(job))]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
-    if done.returncode:
-        raise Unavailable(f"it fails: {_last_line(done)}")
-    return dict(json.loads(done.stdout.splitlines()[-1]))
-
-
-def _last_line(done: subprocess.CompletedProcess[str]) -> str:
-    lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("ERROR")]
-    return (errors or lines or [f"exit status {done.returncode}"])[-1].strip()

@@ -79,11 +79,19 @@ def publish_document(store: Store, key: str, document: dict[str, object]) -> Sto
     Raises:
         SpecMismatch: another document lies there.
     """
-    published = publish(store, key, canonical(document))
+    held = "held by another build with other metadata; build into another URL, or remove that one"
+    return publish_same(store, key, canonical(document), held)
+
+
+def publish_same(store: Store, key: str, data: bytes, otherwise: str) -> StoredObject:
+    """Create an object, or find the same there.
+
+    Raises:
+        SpecMismatch: another lies there; `otherwise` says what that means.
+    """
+    published = publish(store, key, data)
     if published.other is not None:
-        raise SpecMismatch(
-            f"{store.location.child(key)}: held by another build with other metadata; build into another URL, or remove that one"
-        )
+        raise SpecMismatch(f"{store.location.child(key)}: {otherwise}")
     return published.stored
 
 
@@ -119,6 +127,19 @@ def publish_shard(store: Store, layout: ArrayLayout, index: int, data: memoryvie
     return PublishedShard(published.stored, theirs)
 
 
+def publish_same_shard(store: Store, layout: ArrayLayout, index: int, data: memoryview, otherwise: str) -> StoredObject:
+    """Create a shard, or find one of the same values there.
+
+    Raises:
+        SpecMismatch: other values lie there; `otherwise` says what that means.
+        Corrupt: as `publish_shard`.
+    """
+    shard = publish_shard(store, layout, index, data)
+    if shard.kept is not None:
+        raise SpecMismatch(f"{store.location.child(layout.shard_key(index))}: {otherwise}")
+    return shard.stored
+
+
 def publish_array(store: Store, layout: ArrayLayout, rows: np.ndarray, pool: Executor) -> list[StoredObject]:
     """Write a whole array: metadata, then every shard.
 
@@ -128,11 +149,7 @@ def publish_array(store: Store, layout: ArrayLayout, rows: np.ndarray, pool: Exe
     stored = [publish_metadata(store, layout)]
     for index in range(layout.n_shards):
         low, high = layout.shard_range(index)
-        shard = publish_shard(store, layout, index, encode_shard(layout, rows[low:high], pool))
-        if shard.kept is not None:
-            raise SpecMismatch(
-                f"{store.location.child(layout.shard_key(index))}: holds other values than this build computes; "
-                "build into another URL"
-            )
-        stored.append(shard.stored)
+        data = encode_shard(layout, rows[low:high], pool)
+        held = "holds other values than this build computes; build into another URL"
+        stored.append(publish_same_shard(store, layout, index, data, held))
     return stored

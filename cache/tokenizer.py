@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from actcache.cache.opening import SealedRoot
-from actcache.cache.publish import publish
+from actcache.cache.publish import publish_same
 from actcache.cache.store import Store
 from actcache.schemas.canonical import sha256
-from actcache.schemas.errors import Corrupt, NotFound, SpecMismatch, Unsupported
+from actcache.schemas.errors import Corrupt, NotFound, Unsupported
 from actcache.schemas.plan import StoredObject
 from actcache.schemas.root_document import ADVICE
 from actcache.schemas.tokenizer import TOKENIZER
+
+OTHER_TOKENIZER = (
+    "is another than this tokenizer's; another version of it began this build: use that one, or build into another URL"
+)
 
 
 def store_tokenizer(store: Store, files: Mapping[str, bytes]) -> list[StoredObject]:
@@ -20,16 +24,7 @@ def store_tokenizer(store: Store, files: Mapping[str, bytes]) -> list[StoredObje
     Raises:
         SpecMismatch: another content lies there.
     """
-    stored = []
-    for name, data in files.items():
-        published = publish(store, TOKENIZER + name, data)
-        if published.other is not None:
-            raise SpecMismatch(
-                f"{store.location.child(TOKENIZER + name)}: is another than this tokenizer's; another version of it began this "
-                "build: use that one, or build into another URL"
-            )
-        stored.append(published.stored)
-    return stored
+    return [publish_same(store, TOKENIZER + name, data, OTHER_TOKENIZER) for name, data in files.items()]
 
 
 def read_tokenizer(store: Store, root: SealedRoot) -> dict[str, bytes]:

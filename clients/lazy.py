@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from actcache.clients.sources import Source, cuts, read
+from actcache.clients.sources import Source, cuts, equal_parts, read
 from actcache.clients.token_index import Span, TokenIndex
 from actcache.schemas.errors import InvalidInput
 
@@ -119,12 +119,12 @@ def _rows(source: Source, index: TokenIndex, chunks: int | None) -> tuple[int, .
     if chunks is not None:
         if type(chunks) is not int or chunks < 1:
             raise InvalidInput(f"chunks={chunks!r}: give the number of tokens of a Dask chunk, at least 1")
-        return _equal(len(index), chunks)
+        return equal_parts(len(index), chunks)
     if isinstance(index, Span) and len(index) == source.shape[0]:
         return source.chunks
     most = max(source.chunks)
     if not index.ascending:
-        return _equal(len(index), most)
+        return equal_parts(len(index), most)
     found: list[int] = []
     for count in index.counts(cuts(source)).tolist():
         if found and found[-1] * FEWEST_PARTS < most and found[-1] + count <= most:
@@ -132,8 +132,3 @@ def _rows(source: Source, index: TokenIndex, chunks: int | None) -> tuple[int, .
         elif count:
             found.append(count)
     return tuple(found) or (0,)
-
-
-def _equal(rows: int, most: int) -> tuple[int, ...]:
-    whole, rest = divmod(rows, most)
-    return (*((most,) * whole), *((rest,) if rest or not whole else ()))

@@ -80,8 +80,7 @@ class StoredSource(Source):
     @property
     def chunks(self) -> tuple[int, ...]:
         """See `Source`."""
-        whole, rest = divmod(self._layout.rows, self._layout.shard_rows)
-        return (*((self._layout.shard_rows,) * whole), *((rest,) if rest or not whole else ()))
+        return equal_parts(self._layout.rows, self._layout.shard_rows)
 
     def open(self) -> Rows:
         """See `Source`."""
@@ -98,55 +97,52 @@ class StoredSource(Source):
         return (self._manifest, self.name, digest(self._layout.document()))
 
 
-class Shifted(Source):
-    """An array of whole numbers with another added to each: what counts from 0 in each of several datasets."""
+class Derived(Source):
+    """What is made of another array row by row: in objects of as many rows, and read from where that one is."""
 
-    def __init__(self, base: Source, by: int) -> None:
-        self._base = base
-        self._by = by
-        self.name, self.axes, self.shape, self.dtype = base.name, base.axes, base.shape, base.dtype
-
-    @property
-    def chunks(self) -> tuple[int, ...]:
-        """See `Source`."""
-        return self._base.chunks
-
-    def open(self) -> Rows:
-        """See `Source`."""
-        return ShiftedRows(self._base.open(), self._by)
-
-    @property
-    def places(self) -> tuple[str, ...]:
-        """See `Source`."""
-        return self._base.places
-
-    @property
-    def content(self) -> tuple[object, ...]:
-        """See `Source`."""
-        return ("shifted", self._base.content, self._by)
-
-
-class Column(Source):
-    """One column of an array (row, column)."""
-
-    def __init__(self, base: Source, column: int) -> None:
+    def __init__(self, base: Source) -> None:
         self.base = base
-        self.column = column
-        self.name, self.axes, self.shape, self.dtype = base.name, base.axes[:1], base.shape[:1], base.dtype
+        self.name, self.axes, self.shape, self.dtype = base.name, base.axes, base.shape, base.dtype
 
     @property
     def chunks(self) -> tuple[int, ...]:
         """See `Source`."""
         return self.base.chunks
 
-    def open(self) -> Rows:
-        """See `Source`."""
-        return ColumnRows(self.base.open(), self.column)
-
     @property
     def places(self) -> tuple[str, ...]:
         """See `Source`."""
         return self.base.places
+
+
+class Shifted(Derived):
+    """An array of whole numbers with another added to each: what counts from 0 in each of several datasets."""
+
+    def __init__(self, base: Source, by: int) -> None:
+        super().__init__(base)
+        self._by = by
+
+    def open(self) -> Rows:
+        """See `Source`."""
+        return ShiftedRows(self.base.open(), self._by)
+
+    @property
+    def content(self) -> tuple[object, ...]:
+        """See `Source`."""
+        return ("shifted", self.base.content, self._by)
+
+
+class Column(Derived):
+    """One column of an array (row, column)."""
+
+    def __init__(self, base: Source, column: int) -> None:
+        super().__init__(base)
+        self.column = column
+        self.axes, self.shape = base.axes[:1], base.shape[:1]
+
+    def open(self) -> Rows:
+        """See `Source`."""
+        return ColumnRows(self.base.open(), self.column)
 
     @property
     def content(self) -> tuple[object, ...]:
@@ -154,65 +150,46 @@ class Column(Source):
         return ("column", self.base.content, self.column)
 
 
-class Later(Source):
+class Later(Derived):
     """An array in which each row is the one that comes `by` rows later. The last rows are not there to be read."""
 
     def __init__(self, base: Source, by: int) -> None:
-        self._base = base
+        super().__init__(base)
         self._by = by
-        self.name, self.axes, self.shape, self.dtype = base.name, base.axes, base.shape, base.dtype
-
-    @property
-    def chunks(self) -> tuple[int, ...]:
-        """See `Source`."""
-        return self._base.chunks
 
     def open(self) -> Rows:
         """See `Source`."""
-        return LaterRows(self._base.open(), self._by)
-
-    @property
-    def places(self) -> tuple[str, ...]:
-        """See `Source`."""
-        return self._base.places
+        return LaterRows(self.base.open(), self._by)
 
     @property
     def content(self) -> tuple[object, ...]:
         """See `Source`."""
-        return ("later", self._base.content, self._by)
+        return ("later", self.base.content, self._by)
 
 
-class QuantisedSource(Source):
+class QuantisedSource(Derived):
     """The values, float32, that a quantised site stands for."""
 
-    def __init__(self, codes: StoredSource, scales: StoredSource, kind: Kind, group: int) -> None:
-        self._codes = codes
+    def __init__(self, codes: Source, scales: Source, kind: Kind, group: int) -> None:
+        super().__init__(codes)
         self._scales = scales
         self._kind = kind
         self._group = group
-        self.name = codes.name
-        self.axes = codes.axes
-        self.shape = codes.shape
         self.dtype = numpy_dtype("float32")
-
-    @property
-    def chunks(self) -> tuple[int, ...]:
-        """See `Source`."""
-        return self._codes.chunks
 
     def open(self) -> Rows:
         """See `Source`."""
-        return QuantisedReader(self._codes.open(), self._scales.open(), self._kind, self._group)
+        return QuantisedReader(self.base.open(), self._scales.open(), self._kind, self._group)
 
     @property
     def places(self) -> tuple[str, ...]:
         """See `Source`."""
-        return (*self._codes.places, *self._scales.places)
+        return (*self.base.places, *self._scales.places)
 
     @property
     def content(self) -> tuple[object, ...]:
         """See `Source`."""
-        return ("quantised", self._codes.content, self._scales.content, self._kind, self._group)
+        return ("quantised", self.base.content, self._scales.content, self._kind, self._group)
 
 
 class JoinedSource(Source):
@@ -244,6 +221,12 @@ class JoinedSource(Source):
     def content(self) -> tuple[object, ...]:
         """See `Source`."""
         return ("joined", *(part.content for part in self._parts))
+
+
+def equal_parts(rows: int, most: int) -> tuple[int, ...]:
+    """So many rows in parts of equal size, the last one perhaps smaller; one part of none where there are no rows."""
+    whole, rest = divmod(rows, most)
+    return (*((most,) * whole), *((rest,) if rest or not whole else ()))
 
 
 def cuts(source: Source) -> np.ndarray:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from actcache.clients.columns import Columns
 from actcache.clients.lazy import lazy, lazy_stack
 from actcache.clients.sources import Source, read
 from actcache.clients.token_index import TokenIndex
@@ -73,12 +74,12 @@ class View(ABC):
 
     @property
     @abstractmethod
-    def tokens(self) -> Mapping[str, np.ndarray]:
+    def tokens(self) -> Columns:
         """The small arrays of the token axis by name, numpy, each read when it is first asked for."""
 
     @property
     @abstractmethod
-    def norm(self) -> Mapping[str, np.ndarray]:
+    def norm(self) -> Columns:
         """L2 norm of every vector by site, each (token,), float32: as stored, or as it was before it was quantised alone."""
 
     @property

@@ -11,7 +11,7 @@ import numpy as np
 from actcache.cache.encoder import ShardEncoder
 from actcache.cache.lease import Lease
 from actcache.cache.opening import read_tokens
-from actcache.cache.publish import publish, publish_metadata, publish_shard
+from actcache.cache.publish import publish, publish_metadata, publish_same_shard
 from actcache.cache.store import Store
 from actcache.schemas.array import ArrayLayout
 from actcache.schemas.errors import SpecMismatch
@@ -19,6 +19,10 @@ from actcache.schemas.plan import TOKENS_KEY, StoredObject, TokensRecord
 
 ROWS_AT_ONCE = 1 << 18
 """Small enough that the allocator uses memory again, large enough that making rows costs little: 2 MiB of int64."""
+OTHER_TOKENS = (
+    "holds other tokens than this tokenizer makes; another version of it began this build: use that one, "
+    "or build into another URL"
+)
 Rows = Callable[[str, int, int], np.ndarray]
 
 
@@ -55,13 +59,7 @@ def store_axis(
                 rows = np.ascontiguousarray(rows_of(name, low, min(low + ROWS_AT_ONCE, stop)))
                 encoder.append(rows)
                 hashed.update(rows.data)  # while the pool packs the same rows
-            shard = publish_shard(store, layout, index, encoder.finish())
-            if shard.kept is not None:
-                raise SpecMismatch(
-                    f"{store.location.child(layout.shard_key(index))}: holds other tokens than this tokenizer makes; "
-                    "another version of it began this build: use that one, or build into another URL"
-                )
-            objects.append(shard.stored)
+            objects.append(publish_same_shard(store, layout, index, encoder.finish(), OTHER_TOKENS))
         content[name] = hashed.hexdigest()
     record = record.model_copy(update={"content": content, "objects": tuple(objects)})
     published = publish(store, TOKENS_KEY, record.to_bytes())

@@ -9,10 +9,12 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import dask
 import pytest
 from hypothesis import HealthCheck, settings
 
 import actcache as ac
+from actcache.cache.local_store import LocalStore
 
 pytest_plugins = ["tests.s3.fixtures"]
 
@@ -74,3 +76,32 @@ def built_by_dtype(spec: ac.Spec, built: str, tmp_path_factory: pytest.TempPathF
         urls[dtype] = str(tmp_path_factory.mktemp("built") / f"{dtype}.zarr")
         ac.build(spec.model_copy(update={"dtype": dtype}), urls[dtype])
     return urls
+
+
+@pytest.fixture
+def no_compute() -> Iterator[None]:
+    """Fails on any compute."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("something was computed")
+
+    with dask.config.set(scheduler=refuse):
+        yield
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Key and length of everything that is read of local stores from here on."""
+    found: list[tuple[str, int]] = []
+
+    def counted(method):
+        def read(store, key, *args):
+            data = method(store, key, *args)
+            found.append((key, len(data)))
+            return data
+
+        return read
+
+    for name in ("get", "get_range", "get_end"):
+        monkeypatch.setattr(LocalStore, name, counted(getattr(LocalStore, name)))
+    return found

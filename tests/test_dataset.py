@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
-import dask
 import numpy as np
 import pytest
 import tensorstore
@@ -18,45 +16,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import actcache as ac
-from actcache.cache.local_store import LocalStore
 from actcache.cache.statistics import Moments, measure, pack, unpack
 
 
-@pytest.fixture
-def no_compute() -> Iterator[None]:
-    """Fails on any compute."""
-
-    def refuse(*args, **kwargs):
-        raise AssertionError("something was computed")
-
-    with dask.config.set(scheduler=refuse):
-        yield
-
-
-class Reads:
-    """Counts what a local store reads."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.keys: list[tuple[str, int]] = []
-        for name in ("get", "get_range", "get_end"):
-            monkeypatch.setattr(LocalStore, name, self._counted(getattr(LocalStore, name)))
-
-    def _counted(self, method):
-        def read(store, key, *args):
-            data = method(store, key, *args)
-            self.keys.append((key, len(data)))
-            return data
-
-        return read
-
-
-def test_opening_and_naming_arrays_reads_the_root_alone(built: str, monkeypatch: pytest.MonkeyPatch, no_compute: None):
-    reads = Reads(monkeypatch)
+def test_opening_and_naming_arrays_reads_the_root_alone(built: str, reads: list[tuple[str, int]], no_compute: None):
     ds = ac.open(built)
     arrays = [ds[site] for site in ds.sites] + [ds.resid, ds["loss"], ds["token_id"], ds[ds.sites[0]][5:7] * 2]
     assert repr(ds)
     assert ds._repr_html_()
-    assert [key for key, _ in reads.keys] == ["zarr.json"]
+    assert [key for key, _ in reads] == ["zarr.json"]
     assert arrays[0].shape == (ds.n_tokens, 32)
     assert ds.resid.shape == (4, ds.n_tokens, 32)
     assert {array.dtype for array in arrays[:-2]} == {np.dtype("float32")}
@@ -72,18 +40,18 @@ def test_one_dask_chunk_a_shard(built: str):
     assert ds[ds.sites[0]].chunks[0][:-1] == (160,) * (ds.n_tokens // 160)
 
 
-def test_a_slice_reads_only_its_chunks(spec: ac.Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_slice_reads_only_its_chunks(spec: ac.Spec, tmp_path: Path, reads: list[tuple[str, int]]):
     ac.build(spec.model_copy(update={"block_tokens": 512, "chunk_tokens": 16, "sites": "resid"}), tmp_path / "ds")
     ds = ac.open(tmp_path / "ds")
     site = ds.sites[1]
     whole = (tmp_path / "ds" / site / "c/0/0").stat().st_size
-    reads = Reads(monkeypatch)
+    reads.clear()
     ds[site][40:44].compute()
-    assert {key for key, _ in reads.keys} == {f"{site}/c/0/0"}
-    assert sum(size for _, size in reads.keys) < whole / 4
-    reads.keys.clear()
+    assert {key for key, _ in reads} == {f"{site}/c/0/0"}
+    assert sum(size for _, size in reads) < whole / 4
+    reads.clear()
     ds[site][100].compute()
-    assert len(reads.keys) == 1, "the shard's index is read once"
+    assert len(reads) == 1, "the shard's index is read once"
 
 
 def test_every_way_of_indexing_agrees_with_numpy(built: str):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -19,6 +20,8 @@ pytestmark = pytest.mark.timeout(300)
 SIZES = {"small": (2, 128), "large": (8, 256)}
 BLOCKS = (4096, 12288)
 TOKENS = 24_000
+LONG = 5 * TOKENS
+ATTEMPTS = 3
 
 
 @pytest.fixture(scope="module")
@@ -26,14 +29,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("memory")
     for name, (layers, width) in SIZES.items():
         save_gpt2(folder / name, layers=layers, width=width, context=256)
-    for name, count in (("once", TOKENS // 500), ("tenfold", 10 * TOKENS // 500)):
+    lengths = {"once": TOKENS, "tenfold": 10 * TOKENS, "long": LONG, "tenfold long": 10 * LONG}
+    for name, count in ((name, tokens // 500) for name, tokens in lengths.items()):
         rows = [json.dumps({"text": chr(97 + number % 26) * 499}) for number in range(count)]
         (folder / f"{name}.jsonl").write_text("\n".join(rows), encoding="utf-8")
     return folder
 
 
 @cache
-def measured(folder: Path, model: str, block: int, corpus: str) -> dict[str, int]:
+def measured(folder: Path, model: str, block: int, corpus: str, attempt: int = 0) -> dict[str, int]:
     """Planned and measured peak, in bytes, of a process that runs the blocks of tokens that are stored."""
     spec = {
         "model": str(folder / model),
@@ -41,7 +45,7 @@ def measured(folder: Path, model: str, block: int, corpus: str) -> dict[str, int
         "block_tokens": block,
         "batch_tokens": 2048,
     }
-    url = folder / f"{model}-{block}-{corpus}"
+    url = folder / f"{model}-{block}-{corpus}-{attempt}"
     ac.build(ac.Spec(**spec), url, stage="tokenise")
     command = [sys.executable, "-m", "tests.memory_probe", json.dumps(spec), str(url)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -57,11 +61,25 @@ def test_the_peak_is_at_most_what_was_planned(folder: Path, model: str, block: i
     assert found["taken"] > 0.4 * found["planned"], "a plan that is far from the truth is of no use"
 
 
-def test_a_corpus_ten_times_longer_takes_no_more(folder: Path):
-    """Sixty blocks stay within what is planned for six: single runs differ by more than the plans, by how threads meet."""
+def test_a_corpus_ten_times_longer_stays_within_the_plan(folder: Path):
+    """Sixty blocks stay within what is planned for six."""
     once, tenfold = (measured(folder, "small", 4096, corpus) for corpus in ("once", "tenfold"))
     assert tenfold["planned"] < 1.1 * once["planned"]
     assert tenfold["taken"] <= once["planned"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_corpus_ten_times_longer_takes_no_more(folder: Path):
+    """Thirty blocks and three hundred: by the thirtieth a build has come to what it takes for good.
+
+    The median of three runs each: how threads meet makes a single run's peak differ by a few percent from the next one's.
+    """
+    long, tenfold = (
+        median(measured(folder, "small", 4096, corpus, attempt)["taken"] for attempt in range(ATTEMPTS))
+        for corpus in ("long", "tenfold long")
+    )
+    assert tenfold < 1.05 * long
 
 
 def test_larger_blocks_take_as_much_more_as_they_should(folder: Path):

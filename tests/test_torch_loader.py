@@ -19,7 +19,7 @@ from tests.array_source import ArraySource, cut, numbered
 from tests.test_loader import stored
 
 torch = pytest.importorskip("torch")
-from torch.utils.data import DataLoader, IterableDataset  # noqa: E402
+from torch.utils.data import DataLoader, IterableDataset  # noqa: E402  # skipped where there is no torch
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")  # from Python 3.12 on
 
@@ -39,6 +39,12 @@ def same(one: Kept, other: Kept) -> bool:
     return len(one) == len(other) and all(
         list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a) for a, b in zip(one, other, strict=True)
     )
+
+
+def begun(batches: Any, count: int) -> tuple[Kept, Any]:
+    """So many batches, and the state in which whatever gives them stands then."""
+    running = iter(batches)
+    return [next(running) for _ in range(count)], batches.state_dict()
 
 
 def through(loader: DataLoader) -> Kept:
@@ -140,10 +146,9 @@ def test_it_travels():
     data = pickle.dumps(dataset)
     assert len(data) < 100_000, "memory of batches does not travel"
     assert same(list(pickle.loads(data)), whole)
-    running = iter(dataset)
-    next(running)
+    _, state = begun(dataset, 1)
     again = make()
-    again.load_state_dict(dataset.state_dict())
+    again.load_state_dict(state)
     assert same(list(pickle.loads(pickle.dumps(again))), whole[1:])
 
 
@@ -163,22 +168,19 @@ def test_a_state_goes_on_and_counts_what_was_given_alone():
         for done in (0, 1, 7, 16):
             dataset = make()
             dataset.device = device
-            running = iter(dataset)
-            begun = [next(running) for _ in range(done)]
-            state = json.loads(json.dumps(dataset.state_dict()))
+            before, state = begun(dataset, done)
+            state = json.loads(json.dumps(state))
             assert state["batches"] == done
             again = make(epoch=3)
             again.device = device
             again.load_state_dict(state)
-            assert same(begun + list(again), whole)
+            assert same(before + list(again), whole)
             assert same(list(again), whole)
 
 
 def test_a_state_of_one_process_is_none_of_workers():
     dataset = make()
-    running = iter(dataset)
-    next(running)
-    state = dataset.state_dict()
+    _, state = begun(dataset, 1)
     dataset.load_state_dict(state)
     with pytest.raises(ac.InvalidInput, match="of worker 0 of 1, and this is worker 0 of 2"):
         through(DataLoader(dataset, batch_size=None, num_workers=2))
@@ -195,14 +197,10 @@ def test_torchdata_resumes_it(workers: int):
     whole = list(loader())
     assert sorted(tokens(whole)) == list(range(3000))
     for done in (1, 5, 31):
-        first = loader()
-        running = iter(first)
-        begun = [next(running) for _ in range(done)]
-        state = pickle.loads(pickle.dumps(first.state_dict()))
-        del running
+        before, state = begun(loader(), done)
         again = loader()
-        again.load_state_dict(state)
-        assert same(begun + list(again), whole)
+        again.load_state_dict(pickle.loads(pickle.dumps(state)))
+        assert same(before + list(again), whole)
         assert same(list(again), whole)
 
 
@@ -239,14 +237,11 @@ def test_workers_that_persist_keep_the_epoch_of_their_state():
         )
 
     epochs = [list(loader(make(epoch=epoch))) for epoch in range(5)]
-    first = loader(make(epoch=3))
-    running = iter(first)
-    begun = [next(running) for _ in range(5)]
+    before, state = begun(loader(make(epoch=3)), 5)
     dataset = make()
     again = loader(dataset)
-    again.load_state_dict(first.state_dict())
-    del running
-    assert same(begun + list(again), epochs[3])
+    again.load_state_dict(state)
+    assert same(before + list(again), epochs[3])
     dataset.set_epoch(4)
     assert same(list(again), epochs[4])
 
