@@ -40,6 +40,17 @@ class Products:
         self.y += y.sum(axis=0, dtype=np.float64)
         self.xy += x.T @ y
 
+    def __add__(self, other: Products) -> Products:
+        return Products(self.n + other.n, self.x + other.x, self.y + other.y, self.xy + other.xy)
+
+    def __sub__(self, other: Products) -> Products:
+        return Products(self.n - other.n, self.x - other.x, self.y - other.y, self.xy - other.xy)
+
+    def moved(self, x: np.ndarray, y: np.ndarray) -> Products:
+        """The sums of what is counted after `x` (d,) is added to every x, and `y` (k,) to every y."""
+        xy = self.xy + np.outer(x, self.y) + np.outer(self.x, y) + self.n * np.outer(x, y)
+        return Products(self.n, self.x + self.n * x, self.y + self.n * y, xy)
+
     @property
     def covariance(self) -> np.ndarray:
         """Covariance of x and y, (d, k): the mean of (x − x̄)(y − ȳ)ᵀ."""
