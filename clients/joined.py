@@ -45,6 +45,7 @@ class Joined(Whole):
         self.quantised = dict(first.quantised)
         self.d_model = first.d_model
         self.model = first.model
+        self.key = " + ".join(part.key for part in parts)
         self.model_key = first.model_key
         self._n_tokens = sum(part.n_tokens for part in parts)
         self.n_sequences = sum(part.n_sequences for part in parts)

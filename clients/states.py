@@ -12,7 +12,7 @@ import numpy as np
 from actcache.clients.bootstrap import Groups
 from actcache.clients.buffered import Batch
 from actcache.clients.field import TOKEN
-from actcache.clients.loader import Batches
+from actcache.clients.loader import BUFFER, Batches
 from actcache.clients.sources import Later
 from actcache.clients.token_index import Masked
 from actcache.schemas.errors import InvalidInput
@@ -28,6 +28,8 @@ FINAL = "final"
 PIECE_BYTES = 32 << 20
 """States that are held at once, of all sites together; a few such pieces are read ahead."""
 MOST_ROWS, FEWEST_ROWS = 8192, 256
+BUFFER_BYTES = 1 << 30
+"""Rows, as stored, of a window that is shuffled; it may be up to twice as long."""
 FEWEST_DOCUMENTS = 5
 """Fewer documents than this are not split: their sequences are."""
 
@@ -95,9 +97,12 @@ class States:
     def batches(
         self, sites: Sequence[str] | None = None, size: int | None = None, shuffle: int | None = None, epoch: int = 0
     ) -> Batches:
-        """An epoch of batches of the states, float32, with the prediction they are compared with as `final`.
+        """An epoch of batches of the states, float32, with the prediction they are compared with among them: see `final`.
 
-        `sites` are all of them unless given; `size` by default as many tokens as make 32 MiB; the other arguments are those of `Batches`.
+        `sites` are all of them unless given; `size` by default as many tokens as make 32 MiB. Shuffled tokens are mixed within windows
+        of a gigabyte.
+
+        Raises: as `Batches`.
         """
         names = tuple(self.sites if sites is None else sites)
         sources = {name: self.ds.source(name, self.kind) for name in names}
@@ -106,11 +111,13 @@ class States:
             sources[FINAL] = Later(last, self.offset)
         else:
             sources.setdefault(self.sites[-1], last)
+        row_bytes = sum(self.width * source.dtype.itemsize for source in sources.values())
         if size is None:
             size = int(np.clip(PIECE_BYTES // (4 * self.width * len(sources)), FEWEST_ROWS, MOST_ROWS))
+        buffer = int(np.clip(BUFFER_BYTES // row_bytes, size, BUFFER))
         bits = Masked.empty(self.ds.n_tokens)
         Masked.mark(bits, self.token)
-        return Batches(sources, Masked(bits), size, shuffle=shuffle, epoch=epoch)
+        return Batches(sources, Masked(bits), size, shuffle=shuffle, epoch=epoch, buffer=buffer)
 
     def pieces(self, sites: Sequence[str] | None = None) -> Iterator[Piece]:
         """All tokens in their order, some thousand at a time, the next ones read while one piece is used.
@@ -126,9 +133,14 @@ class States:
             yield Piece(low, high, [batch[name] for name in names], self.final(batch))
             low = high
 
+    @property
+    def final_name(self) -> str:
+        """What a batch calls the states that the prediction is made of."""
+        return FINAL if self.offset else self.sites[-1]
+
     def final(self, batch: Batch) -> np.ndarray:
         """The states of a batch, (n, d), that the prediction is made of which the others are compared with."""
-        return batch[FINAL if self.offset else self.sites[-1]]
+        return batch[self.final_name]
 
     def split(self, held_out: float = 0.1, seed: int = 0) -> tuple[States, States]:
         """Two parts: to fit on, and held out. No document is in both, and about `held_out` of the tokens are in the second.

@@ -22,9 +22,11 @@ class Whole(Selectable):
 
     Attributes:
         n_tokens, n_sequences, n_documents: sizes.
+        key: hash of the spec that it was built from; of several datasets, of each.
         model_key: hash of the model's configuration and weights: datasets of one model have the same.
     """
 
+    key: str
     model_key: str
     n_sequences: int
     n_documents: int

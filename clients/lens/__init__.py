@@ -5,6 +5,8 @@ Every function takes a dataset, a selection, or `states(…)` of one, which says
 
 from actcache.cache.head import Head
 from actcache.clients.lens.errors import error_prediction
+from actcache.clients.lens.files import load, save
+from actcache.clients.lens.fitting import fit
 from actcache.clients.lens.logit import evaluate, logit
 from actcache.clients.lens.trajectories import Trajectories, trajectories
 from actcache.clients.lens.translators import Lens, identity
@@ -21,8 +23,11 @@ __all__ = [
     "alignment",
     "error_prediction",
     "evaluate",
+    "fit",
     "identity",
+    "load",
     "logit",
+    "save",
     "states",
     "trajectories",
 ]

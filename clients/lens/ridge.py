@@ -59,7 +59,9 @@ def grams(read: States, shared: bool = False) -> list[Gram]:
     one_pass(read, add, layers)
     if shared:  # the states of all layers as one, about one mean
         middle = np.mean(shift, axis=0)
-        moved = [(own.moved(at - middle), out.moved(at - middle)) for own, out, at in zip(every, outside, shift, strict=True)]
+        moved = [
+            (own.moved(at - middle), out.moved(at - middle)) for own, out, at in zip(every, outside, shift, strict=True)
+        ]
         every = [_Sums.total([own for own, _ in moved])]
         outside = [_Sums.total([out for _, out in moved])]
         shift = [middle]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from actcache.clients.buffered import Batch
+from actcache.clients.field import TOKEN
 from actcache.clients.lens.checkpoint import Checkpoint
 from actcache.clients.lens.natural import Natural, rate_at
 from actcache.clients.lens.ridge import Gram
@@ -105,6 +106,7 @@ class Training:
         self.seed = seed
         self.device = _device(device)
         self.dtype = _dtype(precision, self.device)
+        self.precision = "bfloat16" if self.dtype == torch.bfloat16 else "float32"
         self._head = TorchHead(read.head, self.device, self.dtype)
         weights, biases = (torch.as_tensor(each).to(self.device) for each in (lens.weight, lens.bias))
         self._translators = [Natural(*each) for each in zip(grams, weights, biases, strict=True)]
@@ -119,14 +121,12 @@ class Training:
         kl = np.full(len(self._layers), np.nan)
         first = self._resume(checkpoint)
         for step, batch in self._batches(first):
-            states = {site: torch.from_numpy(rows).to(self.device) for site, rows in batch.items() if site != "token"}
-            final = states["final" if self.read.offset else self.read.sites[-1]]
-            looked = step % REPORT_EVERY == 0 or step == self.course.steps - 1
+            states = {site: torch.from_numpy(rows).to(self.device) for site, rows in batch.items() if site != TOKEN}
             if step == 0:
-                self._measure(states, final)
-            found = self._step(states, final, rate_at(step, self.course.steps), looked)
-            if looked:
-                kl = found
+                self._measure_curvature(states)
+            looked = step % REPORT_EVERY == 0 or step == self.course.steps - 1
+            found = self._step(states, rate_at(step, self.course.steps), looked)
+            kl = found if looked else kl
             if report is not None:
                 report(Progress(step + 1, self.course.steps, (step + 1) * self.course.size, kl))
             if checkpoint is not None:
@@ -134,15 +134,117 @@ class Training:
         return self._result()
 
     def _batches(self, first: int) -> Iterator[tuple[int, Batch]]:
-        """Batches by step, epoch after epoch."""
+        """Batches by step from `first` on, epoch after epoch."""
         step = first
-        a_epoch = len(self._epoch(0))
         while step < self.course.steps:
+            a_epoch = len(self.read.batches(size=self.course.size))
             epoch, skipped = divmod(step, a_epoch)
-            batches = self._epoch(epoch)
+            batches = self.read.batches(size=self.course.size, shuffle=self.seed, epoch=epoch)
             batches.load_state_dict({**batches.state_dict(), "batches": skipped})
             for batch in batches:
                 if step == self.course.steps:
                     return
                 yield step, batch
                 step += 1
+
+    def _step(self, states: Mapping[str, Tensor], rate: float, looked: bool) -> np.ndarray:
+        """One step of every translator; KL by layer in nats, if it is looked at."""
+        final = states[self.read.final_name]
+        sums = [(torch.zeros_like(each.m), torch.zeros_like(each.c)) for each in self._translators]
+        kl = torch.zeros(len(self._layers), device=self.device)
+        for low in range(0, len(final), self._rows):
+            rows = slice(low, low + self._rows)
+            with torch.no_grad():
+                wanted = torch.softmax(self._head.logits(final[rows]), -1)
+            for place, layer in enumerate(self._layers):
+                number = self._number(layer)
+                out, white = self._translators[number].output(states[self.read.sites[layer]][rows])
+                logits = self._head.logits(out.requires_grad_())
+                error = torch.softmax(logits.detach(), -1)
+                if looked:
+                    kl[place] += _kl(wanted, error)
+                error -= wanted
+                (gradient,) = torch.autograd.grad(logits, out, error)
+                sums[number][0].addmm_(gradient.T, white)
+                sums[number][1].add_(gradient.sum(0))
+        times = np.bincount([self._number(layer) for layer in self._layers]) * len(final)
+        for each, (m, c), count in zip(self._translators, sums, times.tolist(), strict=True):
+            each.step(m / count, c / count, rate)
+        return np.asarray((kl / len(final)).double().cpu())
+
+    def _measure_curvature(self, states: Mapping[str, Tensor]) -> None:
+        """Let every translator know the curvature, from targets drawn of its own predictions."""
+        generator = torch.Generator(self.device).manual_seed(self.seed)
+        gradients: list[list[Tensor]] = [[] for _ in self._translators]
+        n = len(states[self.read.final_name])
+        for low in range(0, n, self._rows):
+            for layer in self._layers:
+                number = self._number(layer)
+                out, _ = self._translators[number].output(states[self.read.sites[layer]][low : low + self._rows])
+                logits = self._head.logits(out.requires_grad_())
+                error = torch.softmax(logits.detach().float(), -1)
+                drawn = torch.multinomial(error, 1, generator=generator)
+                error.scatter_add_(1, drawn, torch.full_like(drawn, -1, dtype=error.dtype))
+                gradients[number] += torch.autograd.grad(logits, out, error.to(logits.dtype))
+        for translator, found in zip(self._translators, gradients, strict=True):
+            translator.measure(torch.cat(found))
+
+    def _number(self, layer: int) -> int:
+        number = self.lens.translator(layer)
+        assert number is not None
+        return number
+
+    def _resume(self, checkpoint: Checkpoint | None) -> int:
+        """The step to go on with."""
+        found = None if checkpoint is None else checkpoint.found()
+        if found is None:
+            return 0
+        step, arrays = found
+        for number, translator in enumerate(self._translators):
+            prefix = f"{number}."
+            own = {name.removeprefix(prefix): each for name, each in arrays.items() if name.startswith(prefix)}
+            translator.load({name: torch.from_numpy(each) for name, each in own.items()})
+        return step
+
+    def _state(self) -> dict[str, np.ndarray]:
+        return {
+            f"{number}.{name}": tensor.cpu().numpy()
+            for number, translator in enumerate(self._translators)
+            for name, tensor in translator.state().items()
+        }
+
+    def _result(self) -> Lens:
+        weights, biases = zip(*(translator.translator() for translator in self._translators), strict=True)
+        weight, bias = (torch.stack(each).cpu().numpy() for each in (weights, biases))
+        lens = self.lens
+        return Lens("tuned", lens.sites, weight, bias, lens.shared, lens.offset, lens.model)
+
+
+def _kl(wanted: Tensor, predicted: Tensor) -> Tensor:
+    """Sum over rows of KL(wanted ‖ predicted) in nats."""
+    wanted, predicted = wanted.float(), predicted.float()
+    least = torch.finfo(torch.float32).tiny
+    return (wanted * (wanted.clamp(min=least).log() - predicted.clamp(min=least).log())).sum()
+
+
+def _device(asked: str | None) -> torch.device:
+    if asked is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(asked)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InvalidInput(f"device={asked!r}: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def _dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype of products with the unembedding."""
+    if precision not in get_args(Precision):
+        raise InvalidInput(f"precision={precision!r}: there is {', '.join(map(repr, get_args(Precision)))}")
+    if precision != "auto":
+        return torch.float32 if precision == "float32" else torch.bfloat16
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    able = torch.cpu.get_capabilities() if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
+    return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32

@@ -1,0 +1,53 @@
+"""Lenses as files: safetensors, with what they are made for inside."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from actcache.clients import tensor_file
+from actcache.clients.lens.translators import Lens
+from actcache.schemas.errors import InvalidInput
+
+KIND = "lens"
+KINDS = ("logit", "ridge", "tuned")
+
+
+def save(lens: Lens, path: str | Path) -> Path:
+    """Write a lens as one safetensors file, and give back its path: `weight` (translator, d, d), `bias` (translator, d), the rest as JSON.
+
+    Raises:
+        StoreError: the file cannot be written.
+    """
+    facts = {
+        "kind": KIND,
+        "lens": lens.kind,
+        "sites": list(lens.sites),
+        "shared": lens.shared,
+        "offset": lens.offset,
+        "model": lens.model,
+        "facts": dict(lens.facts),
+    }
+    return tensor_file.write(path, {"weight": lens.weight, "bias": lens.bias}, facts)
+
+
+def load(path: str | Path) -> Lens:
+    """A lens that `save` wrote.
+
+    Raises:
+        NotFound: there is no such file.
+        InvalidInput: it is no lens.
+        Unsupported: a later version wrote it.
+    """
+    arrays, facts = tensor_file.read(path, KIND)
+    try:
+        kind, sites, shared, offset, model = (facts[name] for name in ("lens", "sites", "shared", "offset", "model"))
+        weight, bias = arrays["weight"], arrays["bias"]
+    except KeyError as missing:
+        raise InvalidInput(f"{path}: no lens: it lacks {missing}") from None
+    types = (isinstance(shared, bool), isinstance(offset, int) and offset >= 0, isinstance(model, str), kind in KINDS)
+    named = isinstance(sites, list) and len(sites) > 1 and all(isinstance(site, str) for site in sites)
+    if not (all(types) and named and isinstance(facts.get("facts"), dict)):
+        raise InvalidInput(f"{path}: no lens: its facts are not those of one")
+    if weight.ndim != 3 or str(weight.dtype) != "float32" or str(bias.dtype) != "float32":
+        raise InvalidInput(f"{path}: no lens: weights of shape {weight.shape}, {weight.dtype}")
+    return Lens(kind, tuple(sites), weight, bias, shared, offset, model, facts["facts"])
