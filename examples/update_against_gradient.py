@@ -1,4 +1,4 @@
-"""Does each block take a step down the gradient of the loss? `python examples/update_against_gradient.py [DATASET] [TOKENS]`.
+"""Does each block take a step down the gradient of the loss? `python examples/update_against_gradient.py [DATASET] [ridge|tuned] [TOKENS]`.
 
 Works from a dataset alone, by default the `demo.zarr` that `make demo` builds. What the numbers mean, and what would
 contradict that, is in docs/examples/update-against-gradient.md.
@@ -11,11 +11,13 @@ import sys
 import actcache as ac
 
 
-def main(url: str, tokens: int) -> None:
-    """Print, by block, what the logit lens finds, and then a lens fitted on other documents than it is tried on."""
+def main(url: str, kind: str, tokens: int) -> None:
+    """Print, by block, what the logit lens finds, and then a lens that was fitted on the other half of the documents."""
     ds = ac.open(url)
-    read = ac.lens.states(ds)
-    report("logit lens", ac.lens.alignment(ac.lens.identity(read), ds, tokens))
+    odd = ds.where(ds.tokens["document"] % 2 == 1)
+    report("logit lens", ac.lens.alignment(ac.lens.identity(ac.lens.states(odd)), odd, tokens))
+    lens = ac.lens.fit(ds.where(ds.tokens["document"] % 2 == 0), kind)
+    report(f"{kind} lens", ac.lens.alignment(lens, odd, tokens))
 
 
 def report(title: str, found: ac.lens.Results) -> None:
@@ -35,4 +37,5 @@ def report(title: str, found: ac.lens.Results) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "demo.zarr", int(sys.argv[2]) if len(sys.argv) > 2 else 20_000)
+    given = [*sys.argv[1:], *("demo.zarr", "ridge", "20000")[len(sys.argv) - 1 :]]
+    main(given[0], given[1], int(given[2]))

@@ -13,11 +13,9 @@ from sklearn.preprocessing import StandardScaler
 
 import actcache as ac
 from actcache.cache.head import Head
-from actcache.clients.lens.future import measured
 from actcache.clients.lens.regression import Moments, ridge
 from actcache.clients.lens.sampling import Others, spaced
 from actcache.clients.lens.trajectories import depths
-from actcache.clients.lens.translators import Lens
 from actcache.clients.results import Results
 from actcache.clients.states import States
 from tests.planted import plant
@@ -277,20 +275,6 @@ def test_depth_of_a_trajectory():
     np.testing.assert_array_equal(depths(best), [0, 3, 2, 1])
 
 
-def ridge_lens(read: States) -> Lens:
-    """Least squares, all at once."""
-    plain = ac.lens.identity(read)
-    weight, bias = plain.weight.copy(), plain.bias.copy()
-    held = [(np.stack(piece.states), piece.final.copy()) for piece in read.pieces()]
-    states, final = np.concatenate([a for a, _ in held], axis=1), np.concatenate([b for _, b in held])
-    for layer in range(read.n_layers):
-        number = plain.translator(layer)
-        if number is not None:
-            fit = Ridge(alpha=1.0).fit(states[layer], final - states[layer])
-            weight[number], bias[number] = fit.coef_, fit.intercept_
-    return replace(plain, kind="ridge", weight=weight, bias=bias)
-
-
 def test_tokens_ahead_are_found_where_they_are_and_not_elsewhere(generator, tmp_path: Path):
     """The middle state knows the token after the next; nothing knows the one after that. Tokens follow no rule."""
     target = targets(generator).reshape(SEQUENCES, POSITIONS)
@@ -301,7 +285,7 @@ def test_tokens_ahead_are_found_where_they_are_and_not_elsewhere(generator, tmp_
     first = generator.normal(size=final.shape)
     layers = [each.reshape(-1, V).astype(np.float32) for each in (first, ahead, final)]
     read = dataset(layers, tmp_path / "ds", target.reshape(-1), model)
-    found = measured(ridge_lens, read, offsets=(0, 1, 2))
+    found = ac.lens.future(read, offsets=(0, 1, 2))
     accuracy = found["accuracy"]
     assert accuracy.shape == (3, 3)
     assert accuracy[2, 0] == 1
@@ -330,12 +314,12 @@ def test_what_cannot_be_looked_ahead_to(generator, tmp_path: Path):
     first = noise(generator)
     read = dataset([first, first + noise(generator)], tmp_path / "ds", targets(generator), head(generator))
     with pytest.raises(ac.InvalidInput, match="offsets="):
-        measured(ridge_lens, read, offsets=(-1,))
+        ac.lens.future(read, offsets=(-1,))
     with pytest.raises(ac.InvalidInput, match=f"{POSITIONS} tokens later"):
-        measured(ridge_lens, read, offsets=(POSITIONS,))
+        ac.lens.future(read, offsets=(POSITIONS,))
     later = replace(read, offset=1)
     with pytest.raises(ac.InvalidInput, match="offset=0"):
-        measured(ridge_lens, later)
+        ac.lens.future(later)
     ahead = replace(ac.lens.identity(read), offset=1, weight=np.zeros((2, D, D)), bias=np.zeros((2, D)))
     for measure in (ac.lens.trajectories, ac.lens.error_prediction):
         with pytest.raises(ac.InvalidInput, match="offset=0"):

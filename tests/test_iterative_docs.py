@@ -33,7 +33,8 @@ def test_the_example_prints_a_line_a_block(built: str, capsys: pytest.CaptureFix
     assert spec.loader is not None
     module = util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.main(built, 500)
+    module.main(built, "ridge", 500)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("logit lens: ")
     assert [line.split()[0] for line in lines[2:5]] == ["0", "1", "2"]
+    assert lines[5].startswith("ridge lens: ")

@@ -7,6 +7,7 @@ from actcache.cache.head import Head
 from actcache.clients.lens.errors import error_prediction
 from actcache.clients.lens.files import load, save
 from actcache.clients.lens.fitting import fit
+from actcache.clients.lens.future import future
 from actcache.clients.lens.logit import evaluate, logit
 from actcache.clients.lens.trajectories import Trajectories, trajectories
 from actcache.clients.lens.translators import Lens, identity
@@ -24,6 +25,7 @@ __all__ = [
     "error_prediction",
     "evaluate",
     "fit",
+    "future",
     "identity",
     "load",
     "logit",

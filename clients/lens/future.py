@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 
 from actcache.clients.buffered import Batch
 from actcache.clients.evaluation import Prediction, by_block
 from actcache.clients.field import TOKEN
+from actcache.clients.lens.fitting import fit
 from actcache.clients.lens.lagged import reaches
 from actcache.clients.lens.sampling import Others, spaced
 from actcache.clients.lens.tally import Tally
@@ -31,15 +33,45 @@ GAINS = {
 UNITS = {**OWN, **{f"{name}_shuffled": unit for name, unit in OWN.items()}, **GAINS}
 
 
-def measured(
-    fit: Callable[[States], Lens],
+def future(
     ds: Selectable | States,
     offsets: Sequence[int] = OFFSETS,
+    kind: Literal["ridge", "tuned"] = "ridge",
     max_tokens: int | None = MAX_TOKENS,
     held_out: float = 0.2,
     seed: int = 0,
+    **options: Any,
 ) -> Results:
-    """`future` with lenses that `fit` makes of states with an offset."""
+    """What the state at token t says of token t + 1 + k, for each offset k (Pal et al. 2023, arXiv 2311.04897); 0 is the next token.
+
+    For each offset a lens is fitted from every state at t to the final one at t + k, and tried on documents held out. All offsets look
+    at the same tokens. Measures by state and offset, (layer, offset):
+
+    - `loss` (nats) and `accuracy` (share), of the token that came; `kl` (nats) and `agreement` (share; Pal et al.'s precision@1), with
+      the model's own prediction at t + k.
+    - `loss_shuffled` and so on: of a lens fitted on pairs that do not belong together, each state with the final state of a random
+      token. NaN for a last state that is read as it is.
+    - `gain_over_first`, `accuracy_over_first`: loss of the first state less loss, accuracy less that of the first state. The embedding
+      tells of the present token alone, and of its position.
+    - `gain_over_unigram`, `accuracy_over_unigram`: the same over the frequencies of tokens, of which `loss_unigram` and
+      `accuracy_unigram`, (offset,), are the measures themselves.
+
+    A gain is one if both are above 0: a ridge lens is not fitted to the loss, and may do worse than frequencies.
+
+    Args:
+        ds: a dataset, tokens selected from one, or `states(…)` with offset=0.
+        offsets: each at least 0.
+        kind: how the lenses are fitted; `tuned` needs torch.
+        max_tokens: how many tokens, of evenly spaced sequences; None for all.
+        held_out: the share of tokens, in whole documents, on which everything is measured.
+        seed: of the division and of the control.
+        **options: others of `fit`.
+
+    Raises:
+        NotFound: the dataset has no head, or lacks a state.
+        InvalidInput: no token has one so much later in its sequence, or arguments that make no sense.
+        Unsupported: `tuned` without torch.
+    """
     offsets = tuple(offsets)
     if not offsets or min(offsets) < 0 or len(set(offsets)) < len(offsets):
         raise InvalidInput(f"offsets={offsets}: give different numbers of tokens, each at least 0")
@@ -49,21 +81,23 @@ def measured(
     last = np.flatnonzero(reaches(read, max(offsets)))
     if not len(last):
         raise InvalidInput(f"{read.ds.url}: no token has one {max(offsets)} tokens later in its sequence")
-    fitted, held = read.only(last - max(offsets)).split(held_out, seed)
+    every = read.only(last - max(offsets))
     found: list[dict[str, Measure]] = []
     unigram: list[dict[str, Measure]] = []
-    kind = ""
     for offset in offsets:
-        own, outside = (_ahead(read, part, offset) for part in (fitted, held))
-        lens, null = fit(own), fit(_mispaired(own, seed))
-        kind = lens.kind
-        frequent = _Unigram.of(own.target, read.vocabulary)
-        tally = Tally(UNITS, outside.groups, (read.n_layers,))
-        for piece in outside.pieces():
-            tally.add(piece.low, _of_piece(lens, null, frequent, outside, piece))
+        ahead = _ahead(read, every, offset)
+        fitted, held = ahead.split(held_out, seed)
+        lens, null = (
+            fit(each, kind, target_offset=offset, held_out=held_out, seed=seed, **options)
+            for each in (ahead, _mispaired(ahead, seed))
+        )
+        frequent = _Unigram.of(fitted.target, read.vocabulary)
+        tally = Tally(UNITS, held.groups, (read.n_layers,))
+        for piece in held.pieces():
+            tally.add(piece.low, _of_piece(lens, null, frequent, held, piece))
         found.append(tally.measures(("layer",)))
-        unigram.append(frequent.measures(outside))
-    facts = {"lens": kind, **read.facts(), "held_out_tokens": len(held)}
+        unigram.append(frequent.measures(held))
+    facts = {"lens": kind, **every.facts(), "held_out_tokens": len(held)}
     facts |= {f"held_out_{held.groups.by}s": held.groups.count, "seed": seed}
     measures = _side_by_side(found, ("layer", "offset")) | _side_by_side(unigram, ("offset",))
     return Results(measures, {"layer": read.labels, "offset": [str(offset) for offset in offsets]}, facts)
