@@ -25,14 +25,16 @@ def report(title: str, found: ac.lens.Results) -> None:
     low, high = found.interval("excess")
     low_target, high_target = found.interval("excess_target")
     print(f"{title}: {found.facts['tokens']:,} tokens of {found.facts['documents']} documents")
-    print("block  cosine  random  over other updates      over other targets      nats to first order  nats in fact")
+    print(
+        "block  cosine  random  over other updates      over other targets      nats to first order  in fact  own lens"
+    )
     for block, label in enumerate(found.labels["block"]):
         each = {name: found[name][block] for name in found}
         print(
             f"{label:5} {each['cosine']:7.3f} {each['cosine_random']:7.3f}"
             f"  {each['excess']:6.3f} ({low[block]:.3f} to {high[block]:.3f})"
             f"  {each['excess_target']:6.3f} ({low_target[block]:.3f} to {high_target[block]:.3f})"
-            f"  {each['predicted_decrease']:19.3f}  {each['decrease']:12.3f}"
+            f"  {each['predicted_decrease']:19.3f}  {each['decrease']:7.3f}  {each['decrease_next_lens']:8.3f}"
         )
 
 

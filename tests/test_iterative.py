@@ -147,7 +147,10 @@ def test_through_a_translator_the_lens_is_its_own(generator, tmp_path: Path):
     read = dataset([first, (first - 0.1 * step).astype(np.float32)], tmp_path / "ds", target, model)
     plain = ac.lens.identity(read)
     lens = replace(plain, kind="ridge", weight=(turn - np.eye(D, dtype=np.float32))[None])
-    np.testing.assert_allclose(ac.lens.alignment(lens, read)["cosine"], 1, atol=1e-3)
+    found = ac.lens.alignment(lens, read)
+    np.testing.assert_allclose(found["cosine"], 1, atol=1e-3)
+    np.testing.assert_allclose(found["decrease"], found["predicted_decrease"], rtol=0.2)
+    assert np.abs(found["decrease_next_lens"] - found["decrease"]).max() > 0.1, "the last state is read as it is"
     assert abs(ac.lens.alignment(plain, read)["cosine"][0]) < 0.2
 
 
