@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from actcache.clients.bootstrap import Groups
+from actcache.clients.bootstrap import CONFIDENCE, RESAMPLES, Groups
 from actcache.clients.buffered import Batch
 from actcache.clients.field import TOKEN
 from actcache.clients.loader import BUFFER, Batches
@@ -180,8 +180,12 @@ class States:
         )
 
     def facts(self) -> dict[str, object]:
-        """What numbers measured on these tokens rest on."""
-        return {"dataset": self.ds.url, "tokens": len(self), f"{self.groups.by}s": self.groups.count}
+        """What numbers measured on these tokens, and their intervals, rest on."""
+        by = f"{self.groups.by}s"
+        found: dict[str, object] = {"dataset": self.ds.url, "tokens": len(self), by: self.groups.count}
+        if self.groups.count > 1:
+            found["intervals"] = f"{CONFIDENCE:.0%} by {RESAMPLES:,} resamples of {by}"
+        return found
 
 
 def states(

@@ -108,7 +108,14 @@ def fit(
             "tokens_a_step": course.size,
             "products_in": training.precision,
         }
-        identified = {**facts, "shared": shared, "offset": target_offset, "which": _which(read), "model": lens.model}
+        identified = {
+            "seed": seed,
+            **facts,
+            "shared": shared,
+            "offset": target_offset,
+            "which": _which(read),
+            "model": lens.model,
+        }
         kept = None if checkpoint is None else Checkpoint(checkpoint, identified)
         lens = training.run(report, kept)
         if kept is not None:

@@ -13,7 +13,7 @@ MOST_OTHERS, FEWEST_OTHERS = 2048, 256
 REDRAWS = 8
 
 
-def spaced(ds: Selectable | States, max_tokens: int | None, offset: int = 0) -> States:
+def spaced(ds: Selectable | States, max_tokens: int | None, offset: int = 0, quantised: str | None = None) -> States:
     """States of about `max_tokens` tokens: whole sequences, evenly spaced over the dataset or selection, so that many documents are seen.
 
     States are given back as they are.
@@ -23,17 +23,17 @@ def spaced(ds: Selectable | States, max_tokens: int | None, offset: int = 0) -> 
     if isinstance(ds, States):
         return ds
     if max_tokens is None or len(ds.index) <= max_tokens:
-        return states(ds, offset=offset)
+        return states(ds, offset=offset, quantised=quantised)
     whole = ds.whole
     if ds is whole:
         lengths = np.diff(whole.sequence_start)
         chosen = _evenly(len(lengths), max_tokens / lengths.mean())
         runs = [np.arange(*whole.sequence_start[number : number + 2]) for number in chosen]
-        return states(ds.at(np.concatenate(runs)), offset=offset, max_tokens=max_tokens)
+        return states(ds.at(np.concatenate(runs)), offset=offset, max_tokens=max_tokens, quantised=quantised)
     token = ds.index.tokens(0, len(ds.index))
     numbers, of = np.unique(np.searchsorted(whole.sequence_start, token, side="right"), return_inverse=True)
     chosen = _evenly(len(numbers), max_tokens * len(numbers) / len(token))
-    return states(ds.at(np.flatnonzero(np.isin(of, chosen))), offset=offset, max_tokens=max_tokens)
+    return states(ds.at(np.flatnonzero(np.isin(of, chosen))), offset=offset, max_tokens=max_tokens, quantised=quantised)
 
 
 @dataclass(frozen=True)
