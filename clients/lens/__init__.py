@@ -5,6 +5,7 @@ Every function takes a dataset, a selection, or `states(…)` of one, which says
 
 from actcache.cache.head import Head
 from actcache.clients.lens.compare import compare
+from actcache.clients.lens.exchange import export_tuned_lens, import_tuned_lens
 from actcache.clients.lens.files import load, save
 from actcache.clients.lens.fitting import fit
 from actcache.clients.lens.logit import evaluate, logit
@@ -20,8 +21,10 @@ __all__ = [
     "States",
     "compare",
     "evaluate",
+    "export_tuned_lens",
     "fit",
     "identity",
+    "import_tuned_lens",
     "load",
     "logit",
     "predictions",
