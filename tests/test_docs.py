@@ -66,7 +66,7 @@ def test_the_python_about_lenses_runs(tmp_path: Path, monkeypatch: pytest.Monkey
     sources = tuple(str(Path(sysconfig.get_path("stdlib")) / f"{name}.py") for name in ("abc", "base64", "bisect"))
     ac.build(ac.Spec(model="examples/tiny-gpt", corpus=sources), "demo.zarr")
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/lenses.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     names: dict[str, object] = {}
     for block in blocks:
         exec(block, names)
