@@ -10,6 +10,7 @@ from actcache.clients.cli.common import OneLineErrors, debug_option
 from actcache.clients.cli.geometry import geometry_group
 from actcache.clients.cli.inspect import info_command, ls_command, verify_command
 from actcache.clients.cli.lens import lens_group
+from actcache.clients.cli.lens_exchange import export_command, import_command
 from actcache.clients.cli.plan import plan_command
 from actcache.clients.cli.probe import probe_group
 from actcache.clients.cli.prove import prove_command
@@ -46,3 +47,6 @@ for command in (
     probe_group,
 ):
     main.add_command(command)
+
+for command in (export_command, import_command):
+    lens_group.add_command(command)

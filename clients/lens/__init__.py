@@ -6,6 +6,7 @@ Every function takes a dataset, a selection, or `states(…)` of one, which says
 from actcache.cache.head import Head
 from actcache.clients.lens.compare import compare
 from actcache.clients.lens.errors import error_prediction
+from actcache.clients.lens.exchange import export_tuned_lens, import_tuned_lens
 from actcache.clients.lens.files import load, save
 from actcache.clients.lens.fitting import fit
 from actcache.clients.lens.future import future
@@ -29,9 +30,11 @@ __all__ = [
     "compare",
     "error_prediction",
     "evaluate",
+    "export_tuned_lens",
     "fit",
     "future",
     "identity",
+    "import_tuned_lens",
     "load",
     "logit",
     "predictions",
