@@ -14,7 +14,7 @@ from actcache.clients.lens.training import Course, Progress, Training
 from actcache.clients.states import States
 from tests.planted import plant
 
-WIDTH, POSITIONS, SEQUENCES, VOCABULARY = 6, 16, 60, 9
+WIDTH, POSITIONS, SEQUENCES, VOCABULARY = 6, 16, 240, 9
 
 
 def readout(seed: int = 0) -> ac.lens.Head:

@@ -24,6 +24,7 @@ Precision = Literal["auto", "float32", "bfloat16"]
 
 TOKENS_A_DIMENSION = 16
 """Tokens of a step for each dimension of a state: the noise of a natural-gradient step is that of d² numbers from so many tokens."""
+FEWEST_TOKENS = 256
 STEPS = 200
 MOST_EPOCHS = 4
 LOGIT_BYTES = 64 << 20
@@ -72,14 +73,14 @@ class Course:
 
     @classmethod
     def of(cls, read: States, tokens: int | None) -> Course:
-        """For so many tokens; by default 200 steps of 16 tokens a dimension, or as many as four epochs have.
+        """For so many tokens; by default 200 steps of 16 tokens a dimension, or as many as four epochs have. A step has at least 256 tokens.
 
         Raises:
             InvalidInput: fewer than one token.
         """
         if tokens is not None and tokens < 1:
             raise InvalidInput(f"tokens={tokens}: give how many tokens to train on, at least 1")
-        size = min(TOKENS_A_DIMENSION * read.width, len(read))
+        size = min(max(FEWEST_TOKENS, TOKENS_A_DIMENSION * read.width), len(read))
         wanted = tokens or min(STEPS * size, MOST_EPOCHS * len(read))
         return cls(size, max(1, round(wanted / size)))
 
