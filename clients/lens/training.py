@@ -73,7 +73,7 @@ class Course:
 
     @classmethod
     def of(cls, read: States, tokens: int | None) -> Course:
-        """For so many tokens; by default 200 steps of 16 tokens a dimension, or as many as four epochs have. A step has at least 256 tokens.
+        """For so many tokens; by default 200 steps of 16 tokens a dimension, or as many as four epochs have; 256 tokens a step at least.
 
         Raises:
             InvalidInput: fewer than one token.
