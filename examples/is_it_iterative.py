@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 
 import actcache as ac
-from actcache.clients.results import Results
 
 HELD_OUT, SEED = 0.2, 0
 MOST_COMPARED, MOST_TRANSFERRED = 1 << 15, 1 << 13
@@ -25,7 +24,7 @@ def thinned(read: ac.lens.States, most: int) -> ac.lens.States:
     return read.only(np.arange(0, len(read), -(-len(read) // most)))
 
 
-def spoken(results: Results, measure: str, *place: int) -> str:
+def spoken(results: ac.lens.Results, measure: str, *place: int) -> str:
     """A number with its interval."""
     low, high = results.interval(measure)
     return f"{results[measure][place]:.3f} ({low[place]:.3f} to {high[place]:.3f})"
@@ -52,7 +51,7 @@ def ordered(penalty: np.ndarray) -> tuple[float, float]:
     return own, float(np.mean([correlation(order) >= own - 1e-12 for order in orders]))
 
 
-def main(url: str, out: Path, max_tokens: int | None, fit_tokens: int | None) -> dict[str, Results]:
+def main(url: str, out: Path, max_tokens: int | None, fit_tokens: int | None) -> dict[str, ac.lens.Results]:
     """Fit, measure and draw. Returns the transfer penalties and the comparisons with each layer's own translator."""
     out.mkdir(parents=True, exist_ok=True)
     every = ac.lens.states(ac.open(url), max_tokens=max_tokens)

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 
 import actcache as ac
-from actcache.clients.results import Results
 
 HELD_OUT, SEED = 0.2, 0
 MOST_MEASURED = 1 << 15
@@ -32,7 +31,7 @@ def unigram_loss(fitted: ac.lens.States, measured: ac.lens.States) -> float:
     return float(-np.log(counts[measured.target] / counts.sum()).mean())
 
 
-def table(title: str, columns: dict[str, tuple[Results, str]]) -> None:
+def table(title: str, columns: dict[str, tuple[ac.lens.Results, str]]) -> None:
     """Print measures by layer, each with its interval."""
     (first, _), *_ = columns.values()
     print(f"\n{title}\n{'layer':<6}" + "".join(f"{name:>28}" for name in columns))
@@ -44,16 +43,16 @@ def table(title: str, columns: dict[str, tuple[Results, str]]) -> None:
         print(f"{label:<6}" + "".join(f"{cell:>28}" for cell in cells))
 
 
-def after_embedding(results: Results) -> Results:
+def after_embedding(results: ac.lens.Results) -> ac.lens.Results:
     """Without the embedding, which a logit lens reads so badly that nothing else could be seen beside it."""
     measures = {
         name: replace(each, value=each.value[1:], low=results.interval(name)[0][1:], high=results.interval(name)[1][1:])
         for name, each in results.measures.items()
     }
-    return Results(measures, {"layer": results.labels["layer"][1:]}, results.facts)
+    return ac.lens.Results(measures, {"layer": results.labels["layer"][1:]}, results.facts)
 
 
-def main(url: str, out: Path, max_tokens: int | None, fit_tokens: int | None) -> dict[str, Results]:
+def main(url: str, out: Path, max_tokens: int | None, fit_tokens: int | None) -> dict[str, ac.lens.Results]:
     """Fit, measure and draw. Returns what was measured of each lens."""
     out.mkdir(parents=True, exist_ok=True)
     every = ac.lens.states(ac.open(url), max_tokens=max_tokens)

@@ -13,7 +13,6 @@ import numpy as np
 
 import actcache as ac
 from actcache.clients import bootstrap
-from actcache.clients.results import Results
 
 HELD_OUT, SEED = 0.2, 0
 MODEL = Path(__file__).parent / "tiny-gpt"
@@ -64,7 +63,7 @@ def differences(lens: ac.lens.Lens, full: ac.lens.States, other: ac.lens.States)
     return out
 
 
-def by_context(found: np.ndarray, own: np.ndarray, full: ac.lens.States) -> Results:
+def by_context(found: np.ndarray, own: np.ndarray, full: ac.lens.States) -> ac.lens.Results:
     """Means by the tokens of context that are the document's own, in ranges that double, with intervals from resampled documents."""
     place = np.ceil(np.log2(own)).astype(int)
     ends = 2 ** np.arange(place.max() + 1)
@@ -74,10 +73,10 @@ def by_context(found: np.ndarray, own: np.ndarray, full: ac.lens.States) -> Resu
     for number, name in enumerate(("loss_difference", "kl")):
         sums = np.stack([np.bincount(cell, each, tokens.size) for each in found[:, number].T], axis=-1)
         measures[name] = bootstrap.mean(sums.reshape(*tokens.shape, -1), tokens, "nats", AXES)
-    return Results(measures, {AXES[0]: labels, "layer": full.labels}, full.facts())
+    return ac.lens.Results(measures, {AXES[0]: labels, "layer": full.labels}, full.facts())
 
 
-def table(title: str, results: Results, measure: str) -> None:
+def table(title: str, results: ac.lens.Results, measure: str) -> None:
     """Print a measure with its intervals: context down, layers across."""
     value, (low, high) = results[measure], results.interval(measure)
     print(f"\n{title}\n{'own context':<12}" + "".join(f"{label:>25}" for label in results.labels["layer"]))
@@ -86,7 +85,9 @@ def table(title: str, results: Results, measure: str) -> None:
         print(f"{label:<12}" + "".join(f"{cell:>25}" for cell in cells))
 
 
-def main(url: str, out: Path, max_tokens: int | None, fit_tokens: int | None, sequences: int) -> dict[str, Results]:
+def main(
+    url: str, out: Path, max_tokens: int | None, fit_tokens: int | None, sequences: int
+) -> dict[str, ac.lens.Results]:
     """Fit a lens on the full sequences, build the others, compare and draw. Returns the differences of each way."""
     out.mkdir(parents=True, exist_ok=True)
     every = ac.lens.states(ds := ac.open(url), max_tokens=max_tokens)
