@@ -26,7 +26,7 @@ from actcache.schemas.errors import (
 from actcache.schemas.spec import Spec
 
 if TYPE_CHECKING:
-    from actcache.clients import figures, lens
+    from actcache.clients import figures, geometry, lens, probe
     from actcache.clients.dataset import Dataset
     from actcache.clients.joined import Joined
     from actcache.clients.opening import catalog, open, verify
@@ -47,13 +47,14 @@ _LAZY = {
     "build": "actcache.jobs.build",
     "catalog": "actcache.clients.opening",
     "figures": "actcache.clients",
+    "geometry": "actcache.clients",
     "lens": "actcache.clients",
     "open": "actcache.clients.opening",
     "plan": "actcache.jobs.planning",
+    "probe": "actcache.clients",
     "replay": "actcache.jobs.replaying",
     "verify": "actcache.clients.opening",
 }
-
 __all__ = [
     "ActcacheError",
     "BuildResult",
@@ -75,9 +76,11 @@ __all__ = [
     "build",
     "catalog",
     "figures",
+    "geometry",
     "lens",
     "open",
     "plan",
+    "probe",
     "replay",
     "verify",
 ]

@@ -38,23 +38,27 @@ class Head:
 
         Raises:
             Unsupported: an operation that this version does not know.
-        Corrupt: an operation names an array that there is not.
+            Corrupt: an operation names an array that there is not.
         """
         x = np.asarray(h, np.float32)
         for operation in self.operations:
-            x = self._apply(operation, x)
+            x = self.apply(operation, x)
         return x
 
-    def _apply(self, operation: Operation, x: np.ndarray) -> Any:
+    def apply(self, operation: Operation, x: np.ndarray) -> Any:
+        """What one of the operations makes of x (n, width).
+
+        Raises: as `logits`.
+        """
         kind = operation.get("op")
         if kind in ("layer_norm", "rms_norm"):
             x = x - x.mean(axis=-1, keepdims=True) if kind == "layer_norm" else x
             x = x / np.sqrt(np.square(x).mean(axis=-1, keepdims=True) + np.float32(operation["eps"]))
-            x = x * self._array(operation, "gain") if "gain" in operation else x
-            return x + self._array(operation, "bias") if "bias" in operation else x
+            x = x * self.array(operation, "gain") if "gain" in operation else x
+            return x + self.array(operation, "bias") if "bias" in operation else x
         if kind == "linear":
-            x = x @ self._array(operation, "weight").T
-            return x + self._array(operation, "bias") if "bias" in operation else x
+            x = x @ self.array(operation, "weight").T
+            return x + self.array(operation, "bias") if "bias" in operation else x
         if kind == "first":
             return x[..., : int(operation["rows"])]
         if kind == "scale":
@@ -76,7 +80,7 @@ class Head:
             if kind in ("layer_norm", "rms_norm"):
                 fits = _is_number(operation, "eps") and self._fits(operation, ("gain", "bias"), width)
             elif kind == "linear":
-                weight = self._array(operation, "weight")
+                weight = self.array(operation, "weight")
                 fits = weight.ndim == 2 and weight.shape[1] == width
                 width = weight.shape[0]
                 fits = fits and self._fits(operation, ("bias",), width)
@@ -92,9 +96,14 @@ class Head:
                 raise Corrupt(f"the head's operation {kind!r} does not fit vectors of {width} dimensions")
 
     def _fits(self, operation: Operation, roles: tuple[str, ...], width: int) -> bool:
-        return all(self._array(operation, role).shape == (width,) for role in roles if role in operation)
+        return all(self.array(operation, role).shape == (width,) for role in roles if role in operation)
 
-    def _array(self, operation: Operation, role: str) -> np.ndarray:
+    def array(self, operation: Operation, role: str) -> np.ndarray:
+        """The array that an operation names as its `weight`, `gain` or `bias`.
+
+        Raises:
+            Corrupt: there is no such array.
+        """
         name = str(operation.get(role))
         if name not in self.arrays:
             raise Corrupt(f"the head's operation {operation.get('op')!r} names no array of the dataset as its {role}")

@@ -143,6 +143,8 @@ class Results(Mapping[str, np.ndarray]):
         names = [name for name, each in self.measures.items() if each.axes == (axis,)]
         heads = [f"{name} ({self.measures[name].unit})" for name in names]
         widths = [max(len(head), 9) + 2 for head in heads]
+        if not len(self.labels[axis]):
+            return ""
         first = max(len(axis), *map(len, self.labels[axis]))
         lines = [axis.ljust(first) + "".join(head.rjust(width) for head, width in zip(heads, widths, strict=True))]
         for place, label in enumerate(self.labels[axis]):
@@ -154,6 +156,8 @@ class Results(Mapping[str, np.ndarray]):
         """A measure with two axes."""
         each = self.measures[name]
         down, across = (self.labels[axis] for axis in each.axes)
+        if not each.value.size:
+            return ""
         shown = min(len(across), MOST_COLUMNS)
         first = max(map(len, down))
         lines = [
@@ -165,8 +169,11 @@ class Results(Mapping[str, np.ndarray]):
         return "\n".join(lines)
 
 
-def _number(value: float) -> str:
-    return f"{value:.{DIGITS}f}" if abs(value) < 1000 else f"{value:.{DIGITS}g}"
+def _number(value: float | np.integer) -> str:
+    if isinstance(value, int | np.integer):
+        return f"{value:,}"
+    plain = 10**-DIGITS <= abs(value) < 1000 or value == 0 or value != value
+    return f"{value:.{DIGITS}f}" if plain else f"{value:.{DIGITS - 2}e}" if abs(value) < 1 else f"{value:.{DIGITS}g}"
 
 
 def _short(value: Any) -> str:

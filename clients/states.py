@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from actcache.clients.bootstrap import Groups
+from actcache.clients.bootstrap import CONFIDENCE, RESAMPLES, Groups
 from actcache.clients.buffered import Batch
 from actcache.clients.field import TOKEN
 from actcache.clients.loader import BUFFER, Batches
@@ -111,9 +111,10 @@ class States:
             sources[FINAL] = Later(last, self.offset)
         else:
             sources.setdefault(self.sites[-1], last)
-        row_bytes = sum(self.width * source.dtype.itemsize for source in sources.values())
+        values = sum(source.shape[1] for source in sources.values())
+        row_bytes = sum(source.shape[1] * source.dtype.itemsize for source in sources.values())
         if size is None:
-            size = int(np.clip(PIECE_BYTES // (4 * self.width * len(sources)), FEWEST_ROWS, MOST_ROWS))
+            size = int(np.clip(PIECE_BYTES // (4 * values), FEWEST_ROWS, MOST_ROWS))
         buffer = int(np.clip(BUFFER_BYTES // row_bytes, size, BUFFER))
         bits = Masked.empty(self.ds.n_tokens)
         Masked.mark(bits, self.token)
@@ -179,8 +180,12 @@ class States:
         )
 
     def facts(self) -> dict[str, object]:
-        """What numbers measured on these tokens rest on."""
-        return {"dataset": self.ds.url, "tokens": len(self), f"{self.groups.by}s": self.groups.count}
+        """What numbers measured on these tokens, and their intervals, rest on."""
+        by = f"{self.groups.by}s"
+        found: dict[str, object] = {"dataset": self.ds.url, "tokens": len(self), by: self.groups.count}
+        if self.groups.count > 1:
+            found["intervals"] = f"{CONFIDENCE:.0%} by {RESAMPLES:,} resamples of {by}"
+        return found
 
 
 def states(
@@ -235,11 +240,11 @@ def states(
             f"{ds.url}: states of different widths: {', '.join(f'{n} has {w}' for n, w in widths.items())}"
         )
     token, target = _pairs(ds, whole, targets, offset, max_tokens)
-    document, count = _numbered(whole, "document", token)
+    document, count = numbered(whole, "document", token)
     found = States(
         whole,
         names,
-        _labels(ds, sites),
+        site_labels(ds, sites),
         whole.head if head is None else head,
         token,
         target,
@@ -256,11 +261,7 @@ def _pairs(
     ds: Selectable, whole: Whole, targets: np.ndarray | None, offset: int, max_tokens: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """The tokens of a view, ascending, that have something to predict `offset` tokens later in their sequence, and what that is."""
-    chosen = np.sort(ds.index.tokens(0, len(ds.index)))[:max_tokens] if ds is not whole else None
-    if chosen is None:
-        chosen = np.arange(ds.n_tokens if max_tokens is None else min(max_tokens, ds.n_tokens))
-    elif len(np.unique(chosen)) < len(chosen):
-        raise InvalidInput(f"{ds.url}: a selection that names a token twice")
+    chosen = chosen_tokens(ds, max_tokens)
     ends = whole.sequence_start[np.searchsorted(whole.sequence_start, chosen, side="right")]
     if targets is None:
         token = chosen[chosen + offset + 1 < ends]
@@ -283,7 +284,21 @@ def _pairs(
     return token, targets[token + offset].astype(np.int64)
 
 
-def _numbered(whole: Whole, column: str, token: np.ndarray) -> tuple[np.ndarray, int]:
+def chosen_tokens(ds: Selectable, max_tokens: int | None = None) -> np.ndarray:
+    """The places on the token axis of the first tokens of a dataset or selection, ascending int64.
+
+    Raises:
+        InvalidInput: a selection that names a token twice.
+    """
+    if ds is ds.whole:
+        return np.arange(ds.n_tokens if max_tokens is None else min(max_tokens, ds.n_tokens))
+    chosen = np.sort(ds.index.tokens(0, len(ds.index)))[:max_tokens]
+    if len(np.unique(chosen)) < len(chosen):
+        raise InvalidInput(f"{ds.url}: a selection that names a token twice")
+    return chosen
+
+
+def numbered(whole: Whole, column: str, token: np.ndarray) -> tuple[np.ndarray, int]:
     """A column of some tokens, its values numbered from 0, and how many there are."""
     first = int(token[0])
     values = whole.rows(column, first, int(token[-1]) + 1)[token - first]
@@ -291,7 +306,7 @@ def _numbered(whole: Whole, column: str, token: np.ndarray) -> tuple[np.ndarray,
     return numbers, len(kept)
 
 
-def _labels(ds: Selectable, sites: Sequence[str] | None) -> tuple[str, ...]:
+def site_labels(ds: Selectable, sites: Sequence[str] | None) -> tuple[str, ...]:
     """What the sites are called: a block's output by its number, what is before the first `embed`."""
     if sites is not None:
         return tuple(sites)

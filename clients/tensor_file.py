@@ -31,7 +31,7 @@ MOST_HEADER = 16 << 20
 def write(path: str | Path, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> Path:
     """Write arrays by name and facts, of which `kind` says what they are, as one file: whole, or not at all. Returns its path.
 
-    The same arrays and facts make the same bytes. A file that is there is replaced.
+    The same arrays, and facts in the same order, make the same bytes. A file that is there is replaced.
 
     Raises:
         InvalidInput: facts without a kind, or that JSON does not take; an array of another dtype than those of `DTYPES`.
@@ -41,7 +41,7 @@ def write(path: str | Path, arrays: Mapping[str, np.ndarray], facts: Mapping[str
     if not isinstance(facts.get(KIND), str):
         raise InvalidInput(f"{path}: facts[{KIND!r}] says what the file holds, such as 'lens'")
     try:
-        header = json.dumps({"version": VERSION, "facts": dict(facts)}, allow_nan=False, sort_keys=True)
+        header = json.dumps({"version": VERSION, "facts": dict(facts)}, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidInput(f"{path}: the facts are not plain JSON: {error}") from None
     if len(header) > MOST_HEADER // 2:

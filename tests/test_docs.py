@@ -11,6 +11,7 @@ import pytest
 import actcache as ac
 
 ROOT = Path(__file__).parent.parent
+FILES = ("abc", "bisect", "codeop", "colorsys", "copyreg", "fnmatch", "genericpath", "opcode", "stat", "struct")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
@@ -63,14 +64,21 @@ def test_the_python_about_reading_runs(tmp_path: Path, monkeypatch: pytest.Monke
 def test_the_python_about_lenses_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
-    sources = tuple(str(Path(sysconfig.get_path("stdlib")) / f"{name}.py") for name in ("abc", "base64", "bisect"))
+    sources = tuple(str(Path(sysconfig.get_path("stdlib")) / f"{name}.py") for name in FILES)
     ac.build(ac.Spec(model="examples/tiny-gpt", corpus=sources), "demo.zarr")
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/lenses.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 6
     names: dict[str, object] = {}
     for block in blocks:
         exec(block, names)
-    assert {path.name for path in tmp_path.iterdir()} >= {"table.svg", "table.csv", "transfer.svg", "loss.svg"}
+    assert {path.name for path in tmp_path.iterdir()} >= {
+        "logit.csv",
+        "tuned.lens",
+        "table.svg",
+        "table.csv",
+        "transfer.svg",
+        "loss.svg",
+    }
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -29,7 +29,7 @@ def modules_after(code: str) -> set[str]:
     [
         "import actcache",
         "from actcache.clients.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass",
-        "import actcache; actcache.open; actcache.catalog; actcache.build; actcache.Dataset; actcache.lens; actcache.figures",
+        "import actcache as ac; ac.open; ac.catalog; ac.build; ac.Dataset; ac.lens; ac.figures; ac.geometry; ac.probe",
     ],
 )
 def test_nothing_heavy_is_imported(code: str):

@@ -73,7 +73,8 @@ def test_views_of_any_order_are_written_as_they_read(tmp_path: Path):
 def test_the_same_makes_the_same_bytes_and_nothing_is_left_beside(tmp_path: Path):
     arrays = {name: np.full(5, number, np.float32) for number, name in enumerate("cab")}
     one = tensor_file.write(tmp_path / "one", arrays, {"kind": "probe", "b": 1, "a": 2}).read_bytes()
-    again = tensor_file.write(tmp_path / "one", dict(reversed(arrays.items())), {"a": 2, "b": 1, "kind": "probe"})
+    again = tensor_file.write(tmp_path / "one", dict(reversed(arrays.items())), {"kind": "probe", "b": 1, "a": 2})
+    assert list(tensor_file.read(again, "probe")[1]) == ["kind", "b", "a"]
     assert again.read_bytes() == one
     assert [p.name for p in tmp_path.iterdir()] == ["one"]
     assert again.stat().st_mode & 0o777 == 0o666 & ~_umask()

@@ -9,6 +9,7 @@ import click
 
 from actcache.clients import figures
 from actcache.clients.cli.common import print_json, reading_options
+from actcache.clients.cli.lens_fit import eval_command, fit_command
 from actcache.clients.cli.output import give, output_options, write
 from actcache.clients.figures.table import Colour
 from actcache.clients.lens.files import load
@@ -29,6 +30,10 @@ quantised_option = click.option(
 @click.group("lens")
 def lens_group() -> None:
     """Read what each layer predicts, from the dataset alone."""
+
+
+lens_group.add_command(fit_command)
+lens_group.add_command(eval_command)
 
 
 @lens_group.command("logit")

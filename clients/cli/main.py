@@ -7,9 +7,12 @@ import click
 import actcache
 from actcache.clients.cli.build import build_command, seal_command
 from actcache.clients.cli.common import OneLineErrors, debug_option
+from actcache.clients.cli.geometry import geometry_group
 from actcache.clients.cli.inspect import info_command, ls_command, verify_command
 from actcache.clients.cli.lens import lens_group
+from actcache.clients.cli.lens_exchange import export_command, import_command
 from actcache.clients.cli.plan import plan_command
+from actcache.clients.cli.probe import probe_group
 from actcache.clients.cli.prove import prove_command
 from actcache.clients.cli.replay import replay_command
 
@@ -40,5 +43,10 @@ for command in (
     ls_command,
     seal_command,
     lens_group,
+    geometry_group,
+    probe_group,
 ):
     main.add_command(command)
+
+for command in (export_command, import_command):
+    lens_group.add_command(command)

@@ -11,7 +11,7 @@ import click
 from actcache.clients import figures
 from actcache.clients.cli.common import print_json, with_options
 from actcache.clients.figures.canvas import picture_path
-from actcache.schemas.errors import InvalidInput
+from actcache.schemas.errors import InvalidInput, StoreError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -58,12 +58,25 @@ def give(
     write(found, as_json, csv, plot, draw)
 
 
-def write(found: M, as_json: bool, csv: str | None, plot: str | None, draw: Callable[[M, str], Path]) -> None:
-    """Write the files that were asked for, and tell where they are: on standard error where JSON is on the other."""
-    if csv is not None:
-        click.echo(str(found.to_csv(csv).absolute()), err=as_json)
-    if plot is not None:
-        click.echo(str(draw(found, plot).absolute()), err=as_json)
+def write(
+    found: M,
+    as_json: bool,
+    csv: str | None,
+    plot: str | None,
+    draw: Callable[[M, str], Path] = figures.draw,  # type: ignore[assignment]  # of results, unless told otherwise
+) -> None:
+    """Write the files that were asked for, and tell where they are: on standard error where JSON is on the other.
+
+    Raises:
+        StoreError: one cannot be written.
+    """
+    for path, made in ((csv, found.to_csv), (plot, lambda path: draw(found, path))):
+        if path is None:
+            continue
+        try:
+            click.echo(str(made(path).absolute()), err=as_json)
+        except OSError as error:
+            raise StoreError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def _csv_path(_: click.Context, __: click.Parameter, value: str | None) -> str | None:

@@ -90,6 +90,7 @@ def fit(
     lens = identity(read, shared) if kind == "tuned" and start == "zero" else ridge(read, shared, found)
     facts: dict[str, Any] = {
         "dataset": read.ds.key,
+        "labels": list(read.labels),
         "tokens": len(read),
         f"{read.groups.by}s": read.groups.count,
         "seed": seed,
@@ -107,7 +108,14 @@ def fit(
             "tokens_a_step": course.size,
             "products_in": training.precision,
         }
-        identified = {**facts, "shared": shared, "offset": target_offset, "which": _which(read), "model": lens.model}
+        identified = {
+            "seed": seed,
+            **facts,
+            "shared": shared,
+            "offset": target_offset,
+            "which": _which(read),
+            "model": lens.model,
+        }
         kept = None if checkpoint is None else Checkpoint(checkpoint, identified)
         lens = training.run(report, kept)
         if kept is not None:

@@ -1,9 +1,9 @@
 """The optimiser of a translator: natural gradient with a Kronecker-factored curvature (K-FAC, Martens & Grosse 2015, arXiv 1503.05671).
 
 The Fisher matrix of W in KL(final ‖ head(h + W h + b)) is taken to be G ⊗ A. A is the covariance of the states, which the closed form
-has already; G is that of the loss's gradient in the translator's output for targets drawn from the lens's own prediction, measured once at
-the start. A step is G⁻¹ (∂L/∂W) A⁻¹: in coordinates in which the states are white, G⁻¹ times the gradient. So it does not depend on how
-large or how correlated the dimensions of the states are, which is what makes plain gradient methods slow here.
+has already; G is that of the loss's gradient in the translator's output for targets drawn from the lens's own prediction, measured at the
+start and a few times more. A step is G⁻¹ (∂L/∂W) A⁻¹: in coordinates in which the states are white, G⁻¹ times the gradient. So it does
+not depend on how large or how correlated the dimensions of the states are, which is what makes plain gradient methods slow here.
 """
 
 from __future__ import annotations

@@ -31,6 +31,8 @@ LOGIT_BYTES = 64 << 20
 REPORT_EVERY = 10
 LOOKED_AT = 256
 """Tokens of a batch whose KL is reported."""
+FIRST_AGAIN = 5
+"""The step before which the curvature is measured a second time."""
 DRAWN = 8
 """Tokens for each dimension of a state that the curvature is measured on."""
 
@@ -49,6 +51,11 @@ class Progress:
     steps: int
     tokens: int
     kl: np.ndarray
+
+    @property
+    def text(self) -> str:
+        """The tokens and the mean KL over layers, in words."""
+        return f"{self.tokens:,} tokens  KL {np.mean(self.kl):.3f} nats"
 
 
 @dataclass(frozen=True)
@@ -126,8 +133,8 @@ class Training:
         first = self._resume(checkpoint)
         for step, batch in self._batches(first):
             states = {site: torch.from_numpy(rows).to(self.device) for site, rows in batch.items() if site != TOKEN}
-            if step == 0:
-                self._measure_curvature(states)
+            if _is_measured(step):
+                self._measure_curvature(states, step)
             looked = step % REPORT_EVERY == 0 or step == self.course.steps - 1
             found = self._step(states, rate_at(step, self.course.steps), looked)
             kl = found if looked else kl
@@ -176,9 +183,9 @@ class Training:
             each.step(m / count, c / count, rate)
         return np.asarray(kl.double().cpu())
 
-    def _measure_curvature(self, states: Mapping[str, Tensor]) -> None:
+    def _measure_curvature(self, states: Mapping[str, Tensor], step: int) -> None:
         """Let every translator know the curvature, from targets drawn of its own predictions."""
-        generator = torch.Generator(self.device).manual_seed(self.seed)
+        generator = torch.Generator(self.device).manual_seed(self.seed + step)
         gradients: list[list[Tensor]] = [[] for _ in self._translators]
         n = min(DRAWN * self.read.width, len(states[self.read.final_name]))
         for low in range(0, n, self._rows):
@@ -223,6 +230,11 @@ class Training:
         weight, bias = (torch.stack(each).cpu().numpy() for each in (weights, biases))
         lens = self.lens
         return Lens("tuned", lens.sites, weight, bias, lens.shared, lens.offset, lens.model)
+
+
+def _is_measured(step: int) -> bool:
+    """Whether the curvature is measured before a step: at the start, and whenever the number of steps since has doubled."""
+    return step == 0 or (step >= FIRST_AGAIN and step % FIRST_AGAIN == 0 and (step // FIRST_AGAIN).bit_count() == 1)
 
 
 def _kl(wanted: Tensor, predicted: Tensor) -> Tensor:

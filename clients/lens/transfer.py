@@ -8,11 +8,12 @@ import numpy as np
 
 from actcache.clients.bootstrap import mean
 from actcache.clients.evaluation import by_block, cross_entropy
+from actcache.clients.lens.sampling import spaced
 from actcache.clients.lens.translators import Lens, identity
 from actcache.clients.lens.units import NATS_PER_BIT, UNIT, target_bytes
 from actcache.clients.results import Measure, Results
 from actcache.clients.selection import Selectable
-from actcache.clients.states import Piece, States, states
+from actcache.clients.states import Piece, States
 
 MAX_TOKENS = 8192
 """How many tokens are read unless a number is given: each takes as many evaluations of the head as there are pairs of layers."""
@@ -41,7 +42,8 @@ def transfer(
     Args:
         lens: a lens, or None for the logit lens, whose rows are all equal.
         ds: a dataset, a selection, or states.
-        max_tokens: how many tokens to look at, the first of them; None for all. States are taken as they are.
+        max_tokens: about how many tokens to look at, in whole sequences that are evenly spaced; None for all. States are taken as they
+            are.
         quantised: a kind (`int8`, `fp8`) to read each state in.
 
     Raises:
@@ -49,7 +51,7 @@ def transfer(
         NotFound: the dataset has no head, or lacks a state.
         InvalidInput: no token has a successor, or what the lens reads is not what is given.
     """
-    read = states(ds, offset=lens.offset if lens else 0, max_tokens=max_tokens, quantised=quantised)
+    read = spaced(ds, max_tokens, lens.offset if lens else 0, quantised)
     lens = identity(read) if lens is None else lens
     lens.check(read)
     distinct, row = distinct_translators(lens)

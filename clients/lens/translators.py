@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from actcache.schemas.errors import InvalidInput, SpecMismatch
+from actcache.clients.evaluation import MEASURES
+from actcache.clients.results import Measure, Results
+from actcache.schemas.errors import InvalidInput, NotFound, SpecMismatch
 
 if TYPE_CHECKING:
     from actcache.cache.head import Head
@@ -94,6 +96,19 @@ class Lens:
             raise InvalidInput(
                 f"the lens looks {self.offset} tokens ahead; give offset={self.offset}, not {states.offset}"
             )
+
+    def held_out(self) -> Results:
+        """What was measured on held-out documents when the lens was made: loss, KL, entropy (nats) and agreement (share) by layer.
+
+        Raises:
+            NotFound: nothing was.
+        """
+        found = self.facts.get("held_out")
+        if not found:
+            raise NotFound("the lens says nothing of held-out documents; actcache.lens.evaluate measures it")
+        labels = {"layer": self.facts["labels"]}
+        measures = {name: Measure(np.array(found[name]), unit) for name, unit in MEASURES.items()}
+        return Results(measures, labels, {"lens": self.kind, "held-out tokens": found["tokens"]})
 
     def __repr__(self) -> str:
         shared = ", one translator for all" if self.shared else ""
