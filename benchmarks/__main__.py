@@ -61,7 +61,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0, metavar="N", help="least time a comparison [%(default)s]")
     parser.add_argument("--megabytes", type=int, default=100, metavar="N", help="corpus of tokenise [%(default)s]")
     parser.add_argument(
-        "--steps", type=int, default=STEPS, metavar="N", help="steps that the peer of lens trains; the rest follows [%(default)s]"
+        "--steps",
+        type=int,
+        default=STEPS,
+        metavar="N",
+        help="steps that the peer of lens trains; the rest follows [%(default)s]",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to a file as well")
     options = parser.parse_args()

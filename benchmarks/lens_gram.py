@@ -71,7 +71,14 @@ def _compare(material: Material, folder: Path, what: str, dtype: str, shards: in
     for peer, goal in goals.items():
         kind = f" ({bulk if times[LIMIT] is times[bulk] else products})" if peer == LIMIT else ""
         yield compare(
-            "lens_gram", f"{what} ÷ {peer}{kind}", times, OURS, peer, goal=goal, amount=rows / 1e6, unit="million tokens/s"
+            "lens_gram",
+            f"{what} ÷ {peer}{kind}",
+            times,
+            OURS,
+            peer,
+            goal=goal,
+            amount=rows / 1e6,
+            unit="million tokens/s",
         )
 
 
