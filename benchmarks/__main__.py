@@ -1,4 +1,4 @@
-"""`python -m benchmarks [NAME…] [--seconds N] [--megabytes N] [--json FILE]`: run benchmarks and print their ratios."""
+"""`python -m benchmarks [NAME…] [--seconds N] [--megabytes N] [--steps N] [--json FILE]`: run benchmarks and print their ratios."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import warnings
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.material import THREADS, Material
+from benchmarks.material import STEPS, THREADS, Material
 from benchmarks.ratio import Result
 
 NAMES = (
@@ -33,14 +33,16 @@ NAMES = (
     "read_loader",
     "mixing",
     "chunks",
+    "lens_gram",
     "start",
+    "lens",
     "peers",
 )
-ON_REQUEST = ("peers",)
+ON_REQUEST = ("lens", "peers")
 BY_DEFAULT = tuple(name for name in NAMES if name not in ON_REQUEST)
 NAMES_HELP = (
-    f"any of {', '.join(NAMES)} (default: all but {', '.join(ON_REQUEST)}, which runs only when named: it installs other "
-    "libraries, each with a torch of its own, 5 GB in all, into .peers/, and takes ten minutes)"
+    f"any of {', '.join(NAMES)} (default: all but {' and '.join(ON_REQUEST)}, which run only when named: they install other "
+    "libraries, each with a torch of its own, into .peers/; lens takes 0.5 GB and hours, peers 5 GB and ten minutes)"
 )
 QUIET = {
     "HF_HUB_OFFLINE": "1",
@@ -58,6 +60,13 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=NAMES_HELP)
     parser.add_argument("--seconds", type=float, default=4.0, metavar="N", help="least time a comparison [%(default)s]")
     parser.add_argument("--megabytes", type=int, default=100, metavar="N", help="corpus of tokenise [%(default)s]")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=STEPS,
+        metavar="N",
+        help="steps that the peer of lens trains; the rest follows [%(default)s]",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to a file as well")
     options = parser.parse_args()
     unknown = sorted(set(options.names) - set(NAMES))
@@ -73,7 +82,8 @@ def main() -> None:
         os.environ["XDG_CACHE_HOME"] = str(
             Path(folder) / "cache"
         )  # no hash of a file of a benchmark is to be remembered
-        results = _run(options.names or list(BY_DEFAULT), Material(Path(folder), options.seconds, options.megabytes))
+        material = Material(Path(folder), options.seconds, options.megabytes, options.steps)
+        results = _run(options.names or list(BY_DEFAULT), material)
     print(f"\n{time.perf_counter() - began:.0f} s; {_verdict(results)}")
     if options.json:
         options.json.write_text(json.dumps([asdict(result) | {"met": result.met} for result in results], indent=1))

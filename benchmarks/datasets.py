@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from actcache.cache.encoder import encode_shard
 from actcache.cache.store import Store, open_store
 from actcache.schemas.array import ArrayLayout
@@ -49,6 +51,11 @@ def wide(material: Material, dtype: str, chunk_bytes: int | None = None) -> Path
         for number in range(array.n_shards):
             low, high = array.shard_range(number)
             store.put_new(array.shard_key(number), encode_shard(array, rows[low:high], pool))
+        rows = rows.astype("float32")
+        measured = np.stack([rows.mean(0, np.float64), rows.var(0, np.float64)])
+        for site in SITES:
+            statistics = _statistics(site, width)
+            store.put_new(statistics.shard_key(0), encode_shard(statistics, measured, pool))
     for site, each in arrays.items():
         if site != STORED:
             (folder / site).mkdir()
@@ -107,9 +114,7 @@ def _write_root(folder: Path, root: dict[str, Any], tokens: int, width: int, sit
         for each in old
         if each.name.split("/")[0] not in GONE
     ]
-    statistics = [
-        ArrayLayout(f"statistics/{site}", (2, width), "float64", 2, 2, ("statistic", "d_model")) for site in sites
-    ]
+    statistics = [_statistics(site, width) for site in sites]
     arrays = {each.name: each for each in (*kept, *statistics, *sites.values())}
     roles = attributes["arrays"]
     attributes["arrays"] = {name: roles.get(name, {"role": _role(name), "generation": 0}) for name in arrays}
@@ -121,6 +126,11 @@ def _write_root(folder: Path, root: dict[str, Any], tokens: int, width: int, sit
     provenance["model"] |= {"d_model": width, "n_layers": max(len(sites) - 1, provenance["model"]["n_layers"])}
     (folder / ROOT_KEY).unlink(missing_ok=True)
     (folder / ROOT_KEY).write_bytes(root_bytes(attributes, {name: each.document() for name, each in arrays.items()}))
+
+
+def _statistics(site: str, width: int) -> ArrayLayout:
+    """The layout of the mean and variance of a site."""
+    return ArrayLayout(f"statistics/{site}", (2, width), "float64", 2, 2, ("statistic", "d_model"))
 
 
 def _role(name: str) -> str:

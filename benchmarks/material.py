@@ -28,15 +28,20 @@ CONTEXT = 256
 MEMORY = Path("/dev/shm")
 SITES = ("blocks.1.hook_resid_post", "blocks.3.hook_resid_post", "blocks.5.hook_resid_post")
 SITES_SIDE_BY_SIDE = 6
+STEPS = 250
 
 
 @dataclass(frozen=True)
 class Material:
-    """Everything made lies below `folder`. `seconds` is the least time of one comparison, `megabytes` the size of a text corpus."""
+    """Everything made lies below `folder`.
+
+    `seconds` is the least time of one comparison, `megabytes` the size of a text corpus, `steps` how long the lens's peer trains.
+    """
 
     folder: Path
     seconds: float
     megabytes: int = 100
+    steps: int = STEPS
 
     @property
     def memory(self) -> Path:
