@@ -15,12 +15,15 @@ Sums = tuple[np.ndarray, np.ndarray]
 """Nats (document, layer) float64, and tokens (document,)."""
 
 
+TRAINED_ON = 60_000  # tokens that a tuned lens is trained on, passes counted each
+
+
 def future(ds: ac.Dataset, offset: int, kind: Literal["ridge", "tuned"] = "tuned") -> Sums:
     """Loss of the token after `offset` more, read from each layer by a lens that was fitted on the other half of the documents."""
     halves = ac.lens.states(ds, offset=offset).split(0.5)
     sums, counts = [], []
     for fitted, read in (halves, halves[::-1]):
-        lens = ac.lens.fit(fitted, kind, target_offset=offset)
+        lens = ac.lens.fit(fitted, kind, target_offset=offset, tokens=TRAINED_ON)
         of_half = np.zeros((read.groups.count, read.n_layers))
         for low, values in token_measures(lens, read):
             np.add.at(of_half, read.groups.of[low : low + values.shape[2]], values[0].T.astype(np.float64))

@@ -74,13 +74,11 @@ def measured(name: str, ds: ac.Dataset) -> dict[int, Sums]:
     entropy = -(share[share > 0] * np.log(share[share > 0])).sum()
     print(f"{name}: {len(tokens):,} tokens, {tokens.groups.count} documents; unigram entropy {entropy:.3f} nats")
     print(f"{name}: logit lens by layer, nats: {ac.lens.logit(ds)['loss'].round(3).tolist()}")
+    by_layer = {"ridge lens on t+1": future(ds, 0, "ridge")}
     found = {offset: future(ds, offset) for offset in OFFSETS}
-    for offset in OFFSETS:
-        for kind, sums in (("ridge", future(ds, offset, "ridge")), ("tuned", found[offset])):
-            print(
-                f"{name}: {kind} lens on t+{offset + 1}, nats: {mean(*sums, 'nats').value.round(3).tolist()}",
-                flush=True,
-            )
+    by_layer |= {f"tuned lens on t+{offset + 1}": found[offset] for offset in OFFSETS}
+    for lens, sums in by_layer.items():
+        print(f"{name}: {lens} by layer, nats: {mean(*sums, 'nats').value.round(3).tolist()}", flush=True)
     fitted, read = tokens.split(0.5)
     penalty = ac.lens.transfer(ac.lens.fit(fitted, "ridge"), read.only(np.arange(min(8192, len(read)))))["penalty"]
     print(

@@ -21,6 +21,7 @@ from actcache.clients.results import Results
 GPT = Path(__file__).parent / "tiny-gpt"
 CONTEXT, BATCH = 64, 16
 LAYERS, WIDTH = 4, 128
+TRAINED_ON = 100_000  # tokens that a tuned lens is trained on, passes counted each
 
 
 def trained(folder: Path, steps: int, every: int = 3, seed: int = 0) -> float:
@@ -51,11 +52,11 @@ def measured(model: Path, url: Path, tokens: int, folder: Path) -> dict[str, Res
     ac.build(spec, url)
     fitted, read = ac.lens.states(ac.open(str(url))).split(0.5)
     lenses = {"logit lens": ac.lens.identity(fitted)}
-    lenses |= {f"{kind} lens": ac.lens.fit(fitted, kind) for kind in ("ridge", "tuned")}
+    lenses |= {f"{kind} lens": ac.lens.fit(fitted, kind, tokens=TRAINED_ON) for kind in ("ridge", "tuned")}
     found = {name: ac.lens.evaluate(lens, read) for name, lens in lenses.items()}
     for measure in ("loss", "kl"):
         ac.figures.draw_together(found, measure, folder / f"{url.stem}-{measure}.png")
-    few = read.only(np.arange(min(8192, len(read))))
+    few = read.only(np.arange(min(4096, len(read))))
     moved = {f"transfer, {name}": ac.lens.transfer(lens, few) for name, lens in lenses.items() if lens.kind != "logit"}
     ac.figures.draw(moved["transfer, tuned lens"], folder / f"{url.stem}-transfer.png", measures=["penalty"])
     return found | moved
@@ -98,6 +99,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the model, the datasets and the pictures go")
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--tokens", type=int, default=120_000, help="tokens of held-out files that are measured on")
+    parser.add_argument("--tokens", type=int, default=60_000, help="tokens of held-out files that are measured on")
     arguments = parser.parse_args()
     main(arguments.folder, arguments.steps, arguments.tokens)
