@@ -10,47 +10,22 @@ the unigram entropy of their tokens, both in nats per token.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import math
 import platform
-import sysconfig
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
+import training
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from training import cosine, cross_entropy, encode, held_out, standard_library, warmed_up, windows_of
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 VOCABULARY = 4096
 CONTEXT = 256
 LAYERS, WIDTH, HEADS = 6, 128, 4
 BATCH = 32  # sequences a step
-PEAK_RATE = 3e-3
-WARMUP_STEPS = 200
 END_OF_TEXT = "<|endoftext|>"
-
-
-def standard_library() -> list[Path]:
-    """The standard library's `.py` files, sorted, without installed packages and without files that are not UTF-8."""
-    root = Path(sysconfig.get_path("stdlib"))
-    files = [p for p in sorted(root.rglob("*.py")) if "site-packages" not in p.parts]
-    return [p for p in files if _is_utf8(p) and p.stat().st_size > 200]
-
-
-def _is_utf8(path: Path) -> bool:
-    try:
-        path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def held_out(path: Path) -> bool:
-    """Whether a file belongs to the held-out twentieth."""
-    name = path.relative_to(sysconfig.get_path("stdlib")).as_posix()
-    return hashlib.sha256(name.encode()).digest()[0] < 13
 
 
 def train_tokenizer(files: list[Path]) -> PreTrainedTokenizerFast:
@@ -75,20 +50,9 @@ def train_tokenizer(files: list[Path]) -> PreTrainedTokenizerFast:
     )
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, files: list[Path]) -> np.ndarray:
-    """All files as one run of token ids, each ended by the end-of-text token. Shape (tokens,), int64."""
-    eos = tokenizer.eos_token_id
-    pieces: list[int] = []
-    for path in files:
-        pieces += tokenizer.encode(path.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)
-        pieces.append(eos)
-    return np.asarray(pieces, dtype=np.int64)
-
-
 def train(tokens: np.ndarray, minutes: float, seed: int) -> tuple[GPT2LMHeadModel, int]:
     """Train from random weights for about `minutes`. Returns the model and the number of steps taken."""
     torch.manual_seed(seed)
-    random = np.random.default_rng(seed)
     config = GPT2Config(
         vocab_size=VOCABULARY,
         n_positions=CONTEXT,
@@ -102,39 +66,10 @@ def train(tokens: np.ndarray, minutes: float, seed: int) -> tuple[GPT2LMHeadMode
         eos_token_id=0,
     )
     model = GPT2LMHeadModel(config)
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=PEAK_RATE, betas=(0.9, 0.95))
-    start, step, budget = time.monotonic(), 0, minutes * 60
-    while (spent := time.monotonic() - start) < budget:
-        rate = (
-            PEAK_RATE
-            * min(1.0, (step + 1) / WARMUP_STEPS)
-            * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * spent / budget)))
-        )
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        starts = random.integers(0, len(tokens) - CONTEXT, size=BATCH)
-        batch = torch.from_numpy(np.stack([tokens[s : s + CONTEXT] for s in starts]))
-        loss = model(input_ids=batch, labels=batch).loss
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if step % 100 == 0:
-            rate_now = step * BATCH * CONTEXT / max(spent, 1e-9)
-            print(f"step {step}  {spent / 60:.1f} min  loss {loss.item():.3f}  {rate_now:,.0f} tokens/s", flush=True)
-        step += 1
-    return model.eval(), step
-
-
-@torch.inference_mode()
-def cross_entropy(model: GPT2LMHeadModel, tokens: np.ndarray) -> float:
-    """Mean next-token loss over disjoint windows of the full context, in nats per token."""
-    windows = torch.from_numpy(tokens[: len(tokens) // CONTEXT * CONTEXT].reshape(-1, CONTEXT))
-    losses = [model(input_ids=w, labels=w).loss.item() * len(w) for w in windows.split(BATCH)]
-    return sum(losses) / len(windows)
+    budget = minutes * 60
+    windows = windows_of(tokens, CONTEXT, BATCH, seed)
+    steps = training.train(model, windows, lambda step, spent: warmed_up(step) * cosine(spent / budget), budget)
+    return model, steps
 
 
 def unigram_entropy(tokens: np.ndarray) -> float:
@@ -182,7 +117,7 @@ def main() -> None:
     model, steps = train(train_tokens, arguments.minutes, arguments.seed)
     model.save_pretrained(arguments.folder)
     tokenizer.save_pretrained(arguments.folder)
-    loss, entropy = cross_entropy(model, held_tokens), unigram_entropy(held_tokens)
+    loss, entropy = cross_entropy(model, held_tokens, CONTEXT), unigram_entropy(held_tokens)
     facts = {
         "layers": LAYERS,
         "width": WIDTH,
@@ -199,7 +134,7 @@ def main() -> None:
         "steps": steps,
         "batch": BATCH,
         "loss": loss,
-        "train_loss": cross_entropy(model, train_tokens[: len(held_tokens)]),
+        "train_loss": cross_entropy(model, train_tokens[: len(held_tokens)], CONTEXT),
         "entropy": entropy,
         "gain": entropy - loss,
     }

@@ -2,7 +2,7 @@
 
 In a usual GPT the loss at a token also trains the columns before it, to be of use to it. Here the gradient is stopped wherever
 attention reads an earlier column, so that each column is trained for its own prediction alone. Forward it computes what the
-usual GPT computes.
+usual GPT computes, and with `myopic=False` it is one.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import actcache as ac
 
 
 class MyopicAttention(nn.Module):
-    """Causal self-attention whose gradient flows through a token's own key and value alone."""
+    """Causal self-attention whose gradient flows through a token's own key and value alone, if it is `myopic`."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, myopic: bool = True) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.myopic = heads, myopic
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
@@ -32,19 +32,20 @@ class MyopicAttention(nn.Module):
         q, k, v = split.unbind(0)
         own = torch.eye(positions, dtype=torch.bool, device=x.device)
         past = torch.ones(positions, positions, dtype=torch.bool, device=x.device).tril()
-        scores = torch.where(own, (q * k).sum(-1, keepdim=True), q @ k.detach().transpose(-1, -2))
+        k_past, v_past = (k.detach(), v.detach()) if self.myopic else (k, v)
+        scores = torch.where(own, (q * k).sum(-1, keepdim=True), q @ k_past.transpose(-1, -2))
         weights = (scores / (width // self.heads) ** 0.5).masked_fill(~past, -torch.inf).softmax(-1)
-        mixed = weights.masked_fill(own, 0) @ v.detach() + weights.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) * v
+        mixed = weights.masked_fill(own, 0) @ v_past + weights.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) * v
         return self.out(mixed.transpose(1, 2).reshape(sequences, positions, width))
 
 
 class Block(nn.Module):
     """Attention, then an MLP, each added to the stream."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, myopic: bool = True) -> None:
         super().__init__()
         self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attention = MyopicAttention(width, heads)
+        self.attention = MyopicAttention(width, heads, myopic)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -54,15 +55,21 @@ class Block(nn.Module):
 
 
 class ValueMyopicGPT(nn.Module):
-    """The model. `block_size` is its longest sequence."""
+    """The model. `block_size` is its longest sequence; with `myopic` False the gradient goes everywhere."""
 
     def __init__(
-        self, vocabulary: int, block_size: int = 256, width: int = 64, layers: int = 4, heads: int = 4
+        self,
+        vocabulary: int,
+        block_size: int = 256,
+        width: int = 64,
+        layers: int = 4,
+        heads: int = 4,
+        myopic: bool = True,
     ) -> None:
         super().__init__()
         self.block_size = block_size
         self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(block_size, width)
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(width, heads, myopic) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.unembedding = nn.Linear(width, vocabulary, bias=False)
 

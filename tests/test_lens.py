@@ -66,7 +66,7 @@ def test_the_bundled_model_is_trained(tmp_path: Path):
     """On text that it was held from: far below the unigram entropy, and better with every late layer."""
     import sysconfig
 
-    import examples.train_tiny_gpt as training
+    import examples.training as training
 
     folder = Path(__file__).parent.parent / "examples/tiny-gpt"
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 8 << 20
