@@ -9,7 +9,6 @@ import numpy as np
 import actcache as ac
 from actcache.clients.bootstrap import mean
 from actcache.clients.lens.logit import token_measures
-from actcache.clients.results import Results
 
 Sums = tuple[np.ndarray, np.ndarray]
 """Nats (document, layer) float64, and tokens (document,)."""
@@ -32,7 +31,7 @@ def future(ds: ac.Dataset, offset: int, kind: Literal["ridge", "tuned"] = "tuned
     return np.concatenate(sums), np.concatenate(counts)
 
 
-def difference(a: list[Sums], b: list[Sums], beyond_the_token: bool = False) -> Results:
+def difference(a: list[Sums], b: list[Sums], beyond_the_token: bool = False) -> ac.lens.Results:
     """Loss of a less that of b in nats, the mean over seeds, paired by document; and how far each seed's is from that.
 
     `beyond_the_token` takes from each loss that of the same lens on the embedding, which knows the token alone.
@@ -43,10 +42,10 @@ def difference(a: list[Sums], b: list[Sums], beyond_the_token: bool = False) -> 
     found = mean(sum(sums for sums, _ in pairs), sum(counts for _, counts in pairs), "nats")
     seeds = np.stack([mean(*pair, "nats").value for pair in pairs])
     labels = ["embed", *map(str, range(len(found.value) - 1))]
-    return Results({"loss_difference": found}, {"layer": labels}, {"seeds": seeds.round(4).tolist()})
+    return ac.lens.Results({"loss_difference": found}, {"layer": labels}, {"seeds": seeds.round(4).tolist()})
 
 
-def said(name: str, results: Results) -> None:
+def said(name: str, results: ac.lens.Results) -> None:
     """Print a difference by layer, with its interval and the seeds' own."""
     low, high = results.interval("loss_difference")
     ends = zip(results.labels["layer"], results["loss_difference"], low, high, strict=True)

@@ -16,7 +16,6 @@ from training import cosine, cross_entropy, encode, held_out, standard_library, 
 from transformers import AutoTokenizer, RwkvConfig, RwkvForCausalLM
 
 import actcache as ac
-from actcache.clients.results import Results
 
 GPT = Path(__file__).parent / "tiny-gpt"
 CONTEXT, BATCH = 64, 16
@@ -45,7 +44,7 @@ def trained(folder: Path, steps: int, every: int = 3, seed: int = 0) -> float:
     return cross_entropy(model, encode(tokenizer, [p for p in files[::every] if held_out(p)]), CONTEXT)
 
 
-def measured(model: Path, url: Path, tokens: int, folder: Path) -> dict[str, Results]:
+def measured(model: Path, url: Path, tokens: int, folder: Path) -> dict[str, ac.lens.Results]:
     """Build a dataset of held-out files, fit lenses on half of its documents, and measure them on the others."""
     corpus = tuple(str(p) for p in standard_library() if held_out(p))
     spec = ac.Spec(model=str(model), corpus=corpus, context=CONTEXT, max_document_tokens=6000, max_tokens=tokens)
@@ -62,7 +61,7 @@ def measured(model: Path, url: Path, tokens: int, folder: Path) -> dict[str, Res
     return found | moved
 
 
-def said(name: str, found: dict[str, Results]) -> None:
+def said(name: str, found: dict[str, ac.lens.Results]) -> None:
     """Print what was measured, by layer, in nats."""
     for lens, results in found.items():
         if "kl" in results:
@@ -84,7 +83,7 @@ def said(name: str, found: dict[str, Results]) -> None:
     print(f"{name}: {found['logit lens'].facts}")
 
 
-def main(folder: Path, steps: int, tokens: int, every: int = 3) -> dict[str, dict[str, Results]]:
+def main(folder: Path, steps: int, tokens: int, every: int = 3) -> dict[str, dict[str, ac.lens.Results]]:
     """Train, build, measure, draw."""
     folder.mkdir(parents=True, exist_ok=True)
     print(f"held-out loss {trained(folder / 'model', steps, every):.3f} nats per token", flush=True)
