@@ -95,12 +95,17 @@ class States:
         return int(self.head.logits(np.zeros((1, self.width), np.float32)).shape[1])
 
     def batches(
-        self, sites: Sequence[str] | None = None, size: int | None = None, shuffle: int | None = None, epoch: int = 0
+        self,
+        sites: Sequence[str] | None = None,
+        size: int | None = None,
+        shuffle: int | None = None,
+        epoch: int = 0,
+        drop_last: bool = False,
     ) -> Batches:
         """An epoch of batches of the states, float32, with the prediction they are compared with among them: see `final`.
 
         `sites` are all of them unless given; `size` by default as many tokens as make 32 MiB. Shuffled tokens are mixed within windows
-        of a gigabyte.
+        of a gigabyte. `drop_last` leaves out what would make a short batch.
 
         Raises: as `Batches`.
         """
@@ -118,7 +123,7 @@ class States:
         buffer = int(np.clip(BUFFER_BYTES // row_bytes, size, BUFFER))
         bits = Masked.empty(self.ds.n_tokens)
         Masked.mark(bits, self.token)
-        return Batches(sources, Masked(bits), size, shuffle=shuffle, epoch=epoch, buffer=buffer)
+        return Batches(sources, Masked(bits), size, shuffle=shuffle, epoch=epoch, buffer=buffer, drop_last=drop_last)
 
     def pieces(self, sites: Sequence[str] | None = None) -> Iterator[Piece]:
         """All tokens in their order, some thousand at a time, the next ones read while one piece is used.

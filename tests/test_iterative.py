@@ -313,6 +313,19 @@ def test_tokens_ahead_are_found_where_they_are_and_not_elsewhere(generator, tmp_
     np.testing.assert_allclose(found["loss_unigram"], np.log(V), atol=0.1)
 
 
+def test_a_trained_lens_of_random_pairs_knows_nothing(generator, tmp_path: Path):
+    """The control of a trained lens is trained on random pairs too, and not on the true ones."""
+    target = targets(generator)
+    final = 4 * np.eye(V, dtype=np.float32)[target]
+    first = final @ generator.normal(size=(V, V)).astype(np.float32)
+    model = Head([{"op": "linear", "weight": "u"}], {"u": np.eye(V, dtype=np.float32)})
+    read = dataset([first, final], tmp_path / "ds", target, model)
+    found = ac.lens.future(read, offsets=(0,), kind="tuned", tokens=20_000, precision="float32")
+    assert found["accuracy"][0, 0] > 0.95
+    assert found["accuracy_shuffled"][0, 0] < 3 / V
+    assert found["loss_shuffled"][0, 0] > np.log(V) - 0.05
+
+
 def test_what_cannot_be_looked_ahead_to(generator, tmp_path: Path):
     first = noise(generator)
     read = dataset([first, first + noise(generator)], tmp_path / "ds", targets(generator), head(generator))

@@ -168,6 +168,24 @@ def test_training_reaches_the_best_lens(tmp_path: Path, start: str, precision: s
     assert lens.facts["held_out"]["kl"][0] == pytest.approx(ac.lens.evaluate(lens, outside)["kl"][0])
 
 
+@pytest.mark.parametrize("left", [1, 40])
+def test_an_epoch_has_no_short_step(tmp_path: Path, left: int):
+    """A few tokens more than whole steps do no harm: as a step of their own they would be all noise, and undo the others."""
+    last = normal(11)
+    read = planted(tmp_path, [last @ rotation(3) + 0.3 * normal(12), last], "left")
+    whole = 2 * 16 * WIDTH
+    kl = []
+    for n in (whole, whole + left):
+        part = read.only(np.arange(n))
+        course = Course.of(part, 40 * n)
+        assert n - course.size < course.size * (n // course.size) <= n
+        assert course.size >= 16 * WIDTH
+        lens = Training(part, ac.lens.identity(part), grams(part), course, precision="float32").run()
+        kl.append(ac.lens.evaluate(lens, part)["kl"][0])
+    assert kl[1] < 1.2 * kl[0] + 0.01
+    assert Course.of(read, None).steps <= 4 * len(read) / Course.of(read, None).size
+
+
 def test_an_interrupted_training_ends_as_if_it_had_not_been(
     built: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
