@@ -193,6 +193,20 @@ def test_an_update_of_what_a_token_is_is_no_error(generator, tmp_path: Path):
     assert found.interval("excess")[0][0, 0] < 0.001
 
 
+def test_an_update_that_looks_up_a_token_is_no_error(generator, tmp_path: Path):
+    """It is no linear function of states, and errors tell the token: so does what came alone, of which nothing was predicted."""
+    model, target = Head([LINEAR], {"unembedding": head(generator).arrays["unembedding"]}), targets(generator)
+    came = np.roll(target, 1)
+    embedding, table = (generator.normal(size=(V, D)) for _ in range(2))
+    first = (embedding[came] + 0.1 * noise(generator)).astype(np.float32)
+    second = (first + table[came] + 0.1 * noise(generator)).astype(np.float32)
+    read = dataset([first, second], tmp_path / "ds", target, model)
+    found = ac.lens.error_prediction(ac.lens.identity(read), read, lags=(1,))
+    assert found["increment"][0, 0] > 0.2
+    assert found["excess"][0, 0] < 0.01
+    assert found.interval("excess")[0][0, 0] < 0.001
+
+
 def test_lags_that_make_no_sense(generator, tmp_path: Path):
     first = noise(generator)
     read = dataset([first, first + noise(generator)], tmp_path / "ds", targets(generator), head(generator))
