@@ -30,6 +30,10 @@ PIECE_BYTES = 32 << 20
 MOST_ROWS, FEWEST_ROWS = 8192, 256
 BUFFER_BYTES = 1 << 30
 """Rows, as stored, of a window that is shuffled; it may be up to twice as long."""
+MOST_SPANNED, SPARSE = 1 << 24, 8
+"""Values of a column that are read to have some of them; of more, not more than so many times those that are asked for."""
+ROUGH = 10
+"""Fewer groups than this make intervals that are clearly too narrow: of 2, 95 % cover about half, of 5 about 85 %."""
 FEWEST_DOCUMENTS = 5
 """Fewer documents than this are not split: their sequences are."""
 
@@ -186,11 +190,15 @@ class States:
 
     def facts(self) -> dict[str, object]:
         """What numbers measured on these tokens, and their intervals, rest on."""
-        by = f"{self.groups.by}s"
-        found: dict[str, object] = {"dataset": self.ds.url, "tokens": len(self), by: self.groups.count}
-        if self.groups.count > 1:
-            found["intervals"] = f"{CONFIDENCE:.0%} by {RESAMPLES:,} resamples of {by}"
-        return found
+        return {"dataset": self.ds.url, "tokens": len(self), f"{self.groups.by}s": self.groups.count, **self.intervals}
+
+    @property
+    def intervals(self) -> dict[str, object]:
+        """How intervals are found of these tokens, as a fact; nothing if there are none."""
+        if self.groups.count < 2:
+            return {}
+        few = f", of {self.groups.count} too narrow" if self.groups.count < ROUGH else ""
+        return {"intervals": f"{CONFIDENCE:.0%} by {RESAMPLES:,} resamples of {self.groups.by}s{few}"}
 
 
 def states(
@@ -274,8 +282,7 @@ def _pairs(
             raise InvalidInput(
                 f"{ds.url}: no token has a successor in its sequence" + (f" {offset} tokens later" if offset else "")
             )
-        first, last = int(token[0]), int(token[-1]) + offset + 2
-        return token, whole.rows("token_id", first, last).astype(np.int64)[token - first + offset + 1]
+        return token, values_at(whole, "token_id", token + offset + 1).astype(np.int64)
     targets = np.asarray(targets)
     if targets.shape != (whole.n_tokens,) or targets.dtype.kind not in "iu":
         raise InvalidInput(
@@ -305,10 +312,16 @@ def chosen_tokens(ds: Selectable, max_tokens: int | None = None) -> np.ndarray:
 
 def numbered(whole: Whole, column: str, token: np.ndarray) -> tuple[np.ndarray, int]:
     """A column of some tokens, its values numbered from 0, and how many there are."""
-    first = int(token[0])
-    values = whole.rows(column, first, int(token[-1]) + 1)[token - first]
-    kept, numbers = np.unique(values, return_inverse=True)
+    kept, numbers = np.unique(values_at(whole, column, token), return_inverse=True)
     return numbers, len(kept)
+
+
+def values_at(whole: Whole, column: str, token: np.ndarray) -> np.ndarray:
+    """The values of a column at some tokens, ascending: read end to end, unless they are few among very many."""
+    first, last = int(token[0]), int(token[-1]) + 1
+    if last - first > max(MOST_SPANNED, SPARSE * len(token)):
+        return whole.source(column).open().take(token)
+    return np.asarray(whole.rows(column, first, last)[token - first])
 
 
 def site_labels(ds: Selectable, sites: Sequence[str] | None) -> tuple[str, ...]:

@@ -207,6 +207,18 @@ def test_an_update_that_looks_up_a_token_is_no_error(generator, tmp_path: Path):
     assert found.interval("excess")[0][0, 0] < 0.001
 
 
+def test_controls_are_of_another_document_where_one_has_nearly_all():
+    documents = np.repeat([0, 1, 2], [5, 990, 5])
+    others = Others(None, None, None, documents)  # type: ignore[arg-type]
+    for document in (0, 1, 2):
+        drawn = others.draw(np.full(4000, document), np.random.default_rng(0))
+        assert (documents[drawn] != document).all()
+    drawn = others.draw(np.ones(4000, int), np.random.default_rng(0))
+    assert np.bincount(drawn, minlength=1000)[documents != 1].min() > 250
+    alone = Others(None, None, None, np.zeros(10, int))  # type: ignore[arg-type]
+    assert len(np.unique(alone.draw(np.zeros(99, int), np.random.default_rng(0)))) > 5
+
+
 def test_lags_that_make_no_sense(generator, tmp_path: Path):
     first = noise(generator)
     read = dataset([first, first + noise(generator)], tmp_path / "ds", targets(generator), head(generator))

@@ -118,7 +118,8 @@ def error_prediction(
             for name, sums in gained.items():
                 explained[name][:, number] += sums
     measures = _measures({name: found.reshape(shape) for name, found in explained.items()}, total.reshape(shape))
-    facts = {"lens": lens.kind, **read.facts(), "held_out_tokens": len(held)}
+    told = {name: fact for name, fact in read.facts().items() if name != "intervals"}
+    facts = {"lens": lens.kind, **told, **held.intervals, "held_out_tokens": len(held)}
     facts |= {f"held_out_{held.groups.by}s": held.groups.count, "seed": seed}
     return Results(measures, {"block": read.labels[1:], "lag": [str(lag) for lag in lags]}, facts)
 
