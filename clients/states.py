@@ -177,10 +177,21 @@ class States:
                 f"{self.ds.url}: one {groups.by} cannot be divided into a part to fit on and one held out"
             )
         order = np.random.default_rng(seed).permutation(groups.count)
-        tokens = np.cumsum(np.bincount(groups.of, minlength=groups.count)[order])
+        size = np.bincount(groups.of, minlength=groups.count)[order]
+        tokens = np.cumsum(size)
         number = int(np.clip(np.searchsorted(tokens, held_out * tokens[-1]) + 1, 1, groups.count - 1))
-        outside = np.isin(groups.of, order[:number])
-        return self.only(np.flatnonzero(~outside), groups), self.only(np.flatnonzero(outside), groups)
+        chosen = order[:number]
+        if tokens[number - 1] > 2 * held_out * tokens[-1]:  # a long one came: those that fit, or the shortest
+            chosen = order[_fitting(size, held_out * tokens[-1])]
+        outside = np.isin(groups.of, chosen)
+        parts = self.only(np.flatnonzero(~outside), groups), self.only(np.flatnonzero(outside), groups)
+        if groups.by == "sequence" and (shared := _shared_text(*parts)):
+            warnings.warn(
+                f"{self.ds.url}: sequences overlap, and {shared:.0%} of the held-out tokens are in the part to fit on too, in another "
+                "sequence: what is measured on them is too good",
+                stacklevel=2,
+            )
+        return parts
 
     def only(self, places: np.ndarray, groups: Groups | None = None) -> States:
         """Some of the tokens, by ascending places among them; `groups` of all tokens may be given anew."""
@@ -314,6 +325,31 @@ def numbered(whole: Whole, column: str, token: np.ndarray) -> tuple[np.ndarray, 
     """A column of some tokens, its values numbered from 0, and how many there are."""
     kept, numbers = np.unique(values_at(whole, column, token), return_inverse=True)
     return numbers, len(kept)
+
+
+def _fitting(sizes: np.ndarray, most: float) -> list[int]:
+    """Places of sizes that are together at most so much, the first that fit; the smallest, if none does."""
+    found, total = [], 0
+    for place, size in enumerate(sizes.tolist()):
+        if total + size <= most:
+            found.append(place)
+            total += size
+    return found or [int(sizes.argmin())]
+
+
+def _shared_text(first: States, second: States) -> float:
+    """The share of the tokens of the second whose places in their documents are those of tokens of the first."""
+    if "document_position" not in second.ds.fields:
+        return 0.0
+    within, others = (
+        np.stack(
+            [values_at(part.ds, name, part.token).astype(np.int64) for name in ("document", "document_position")], 1
+        )
+        for part in (second, first)
+    )
+    text = within[:, 1] >= 0
+    pairs = [np.ascontiguousarray(each).view([("", np.int64)] * 2)[:, 0] for each in (within[text], others)]
+    return float(np.isin(pairs[0], pairs[1]).mean()) if text.any() else 0.0
 
 
 def values_at(whole: Whole, column: str, token: np.ndarray) -> np.ndarray:
