@@ -11,6 +11,9 @@ from threadpoolctl import threadpool_limits
 from actcache.cache.threads import spread
 from actcache.clients.states import Piece, States
 
+FAR = 8.0
+"""Standard deviations between the mean of some rows and 0 from which on float32 loses what is asked for in their sums of products."""
+
 
 @dataclass
 class Products:
@@ -35,10 +38,26 @@ class Products:
 
     def add(self, x: np.ndarray, y: np.ndarray) -> None:
         """Count rows x (n, d) and y (n, k), float32. `x is y` takes half the work."""
-        self.n += len(x)
-        self.x += x.sum(axis=0, dtype=np.float64)
-        self.y += y.sum(axis=0, dtype=np.float64)
-        self.xy += x.T @ y
+        far_x = far_off(x)
+        far_y = far_x if x is y else far_off(y)
+        if far_x is None and far_y is None:
+            self.n += len(x)
+            self.x += x.sum(axis=0, dtype=np.float64)
+            self.y += y.sum(axis=0, dtype=np.float64)
+            self.xy += x.T @ y
+            return
+        by_x, by_y = (np.zeros(len(own)) if far is None else far for far, own in ((far_x, self.x), (far_y, self.y)))
+        near = Products.empty(len(self.x), len(self.y))
+        near.n = len(x)
+        left = x - by_x.astype(x.dtype)
+        right = left if x is y else y - by_y.astype(y.dtype)
+        near.x, near.y = (each.sum(axis=0, dtype=np.float64) for each in (left, right))
+        near.xy = (left.T @ right).astype(np.float64)
+        whole = near.moved(by_x, by_y)
+        self.n += whole.n
+        self.x += whole.x
+        self.y += whole.y
+        self.xy += whole.xy
 
     def __add__(self, other: Products) -> Products:
         return Products(self.n + other.n, self.x + other.x, self.y + other.y, self.xy + other.xy)
@@ -55,6 +74,21 @@ class Products:
     def covariance(self) -> np.ndarray:
         """Covariance of x and y, (d, k): the mean of (x − x̄)(y − ȳ)ᵀ."""
         return self.xy / self.n - np.outer(self.x / self.n, self.y / self.n)
+
+
+def far_off(x: np.ndarray) -> np.ndarray | None:
+    """The mean of rows (n, d) in those dimensions where it is far from 0 beside how they vary, 0 in others, (d,) float64; None if in none.
+
+    Tokens of one position can lie so, where the mean that was subtracted from them is that of all.
+    """
+    if not len(x):
+        return None
+    total = x.sum(axis=0, dtype=np.float64)
+    square = np.einsum("ij,ij->j", x, x).astype(np.float64)
+    far = (total != 0) & (total**2 / len(x) * (1 + FAR**-2) > square)
+    if not far.any():
+        return None
+    return np.where(far, (total / len(x)).astype(x.dtype), 0).astype(np.float64)
 
 
 def centres(read: States, sites: Sequence[str] | None = None) -> list[np.ndarray]:

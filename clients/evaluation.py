@@ -13,6 +13,8 @@ from actcache.cache.threads import spread
 BLOCK_VALUES = 1 << 20
 """Logits that are worked on at once by a core: they stay in its cache."""
 FEWEST_ROWS = 64
+LEAST = np.finfo(np.float32).min / 2
+"""The logarithm of what is impossible, as float32 can subtract it."""
 MEASURES = {"loss": "nats", "kl": "nats", "entropy": "nats", "agreement": "share"}
 
 
@@ -30,6 +32,7 @@ class Prediction:
         probability = np.exp(log)
         total = probability.sum(axis=-1, keepdims=True)
         log -= np.log(total)
+        np.maximum(log, LEAST, out=log)  # what is impossible, such as a row that pads a vocabulary, counts 0 in sums
         probability /= total
         return cls(log, probability)
 

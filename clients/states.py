@@ -30,6 +30,10 @@ PIECE_BYTES = 32 << 20
 MOST_ROWS, FEWEST_ROWS = 8192, 256
 BUFFER_BYTES = 1 << 30
 """Rows, as stored, of a window that is shuffled; it may be up to twice as long."""
+MOST_SPANNED, SPARSE = 1 << 24, 8
+"""Values of a column that are read to have some of them; of more, not more than so many times those that are asked for."""
+ROUGH = 10
+"""Fewer groups than this make intervals that are clearly too narrow: of 2, 95 % cover about half, of 5 about 85 %."""
 FEWEST_DOCUMENTS = 5
 """Fewer documents than this are not split: their sequences are."""
 
@@ -95,12 +99,17 @@ class States:
         return int(self.head.logits(np.zeros((1, self.width), np.float32)).shape[1])
 
     def batches(
-        self, sites: Sequence[str] | None = None, size: int | None = None, shuffle: int | None = None, epoch: int = 0
+        self,
+        sites: Sequence[str] | None = None,
+        size: int | None = None,
+        shuffle: int | None = None,
+        epoch: int = 0,
+        drop_last: bool = False,
     ) -> Batches:
         """An epoch of batches of the states, float32, with the prediction they are compared with among them: see `final`.
 
         `sites` are all of them unless given; `size` by default as many tokens as make 32 MiB. Shuffled tokens are mixed within windows
-        of a gigabyte.
+        of a gigabyte. `drop_last` leaves out what would make a short batch.
 
         Raises: as `Batches`.
         """
@@ -118,7 +127,7 @@ class States:
         buffer = int(np.clip(BUFFER_BYTES // row_bytes, size, BUFFER))
         bits = Masked.empty(self.ds.n_tokens)
         Masked.mark(bits, self.token)
-        return Batches(sources, Masked(bits), size, shuffle=shuffle, epoch=epoch, buffer=buffer)
+        return Batches(sources, Masked(bits), size, shuffle=shuffle, epoch=epoch, buffer=buffer, drop_last=drop_last)
 
     def pieces(self, sites: Sequence[str] | None = None) -> Iterator[Piece]:
         """All tokens in their order, some thousand at a time, the next ones read while one piece is used.
@@ -168,10 +177,21 @@ class States:
                 f"{self.ds.url}: one {groups.by} cannot be divided into a part to fit on and one held out"
             )
         order = np.random.default_rng(seed).permutation(groups.count)
-        tokens = np.cumsum(np.bincount(groups.of, minlength=groups.count)[order])
+        size = np.bincount(groups.of, minlength=groups.count)[order]
+        tokens = np.cumsum(size)
         number = int(np.clip(np.searchsorted(tokens, held_out * tokens[-1]) + 1, 1, groups.count - 1))
-        outside = np.isin(groups.of, order[:number])
-        return self.only(np.flatnonzero(~outside), groups), self.only(np.flatnonzero(outside), groups)
+        chosen = order[:number]
+        if tokens[number - 1] > 2 * held_out * tokens[-1]:  # a long one came: those that fit, or the shortest
+            chosen = order[_fitting(size, held_out * tokens[-1])]
+        outside = np.isin(groups.of, chosen)
+        parts = self.only(np.flatnonzero(~outside), groups), self.only(np.flatnonzero(outside), groups)
+        if groups.by == "sequence" and (shared := _shared_text(*parts)):
+            warnings.warn(
+                f"{self.ds.url}: sequences overlap, and {shared:.0%} of the held-out tokens are in the part to fit on too, in another "
+                "sequence: what is measured on them is too good",
+                stacklevel=2,
+            )
+        return parts
 
     def only(self, places: np.ndarray, groups: Groups | None = None) -> States:
         """Some of the tokens, by ascending places among them; `groups` of all tokens may be given anew."""
@@ -181,11 +201,15 @@ class States:
 
     def facts(self) -> dict[str, object]:
         """What numbers measured on these tokens, and their intervals, rest on."""
-        by = f"{self.groups.by}s"
-        found: dict[str, object] = {"dataset": self.ds.url, "tokens": len(self), by: self.groups.count}
-        if self.groups.count > 1:
-            found["intervals"] = f"{CONFIDENCE:.0%} by {RESAMPLES:,} resamples of {by}"
-        return found
+        return {"dataset": self.ds.url, "tokens": len(self), f"{self.groups.by}s": self.groups.count, **self.intervals}
+
+    @property
+    def intervals(self) -> dict[str, object]:
+        """How intervals are found of these tokens, as a fact; nothing if there are none."""
+        if self.groups.count < 2:
+            return {}
+        few = f", of {self.groups.count} too narrow" if self.groups.count < ROUGH else ""
+        return {"intervals": f"{CONFIDENCE:.0%} by {RESAMPLES:,} resamples of {self.groups.by}s{few}"}
 
 
 def states(
@@ -269,8 +293,7 @@ def _pairs(
             raise InvalidInput(
                 f"{ds.url}: no token has a successor in its sequence" + (f" {offset} tokens later" if offset else "")
             )
-        first, last = int(token[0]), int(token[-1]) + offset + 2
-        return token, whole.rows("token_id", first, last).astype(np.int64)[token - first + offset + 1]
+        return token, values_at(whole, "token_id", token + offset + 1).astype(np.int64)
     targets = np.asarray(targets)
     if targets.shape != (whole.n_tokens,) or targets.dtype.kind not in "iu":
         raise InvalidInput(
@@ -300,10 +323,41 @@ def chosen_tokens(ds: Selectable, max_tokens: int | None = None) -> np.ndarray:
 
 def numbered(whole: Whole, column: str, token: np.ndarray) -> tuple[np.ndarray, int]:
     """A column of some tokens, its values numbered from 0, and how many there are."""
-    first = int(token[0])
-    values = whole.rows(column, first, int(token[-1]) + 1)[token - first]
-    kept, numbers = np.unique(values, return_inverse=True)
+    kept, numbers = np.unique(values_at(whole, column, token), return_inverse=True)
     return numbers, len(kept)
+
+
+def _fitting(sizes: np.ndarray, most: float) -> list[int]:
+    """Places of sizes that are together at most so much, the first that fit; the smallest, if none does."""
+    found, total = [], 0
+    for place, size in enumerate(sizes.tolist()):
+        if total + size <= most:
+            found.append(place)
+            total += size
+    return found or [int(sizes.argmin())]
+
+
+def _shared_text(first: States, second: States) -> float:
+    """The share of the tokens of the second whose places in their documents are those of tokens of the first."""
+    if "document_position" not in second.ds.fields:
+        return 0.0
+    within, others = (
+        np.stack(
+            [values_at(part.ds, name, part.token).astype(np.int64) for name in ("document", "document_position")], 1
+        )
+        for part in (second, first)
+    )
+    text = within[:, 1] >= 0
+    pairs = [np.ascontiguousarray(each).view([("", np.int64)] * 2)[:, 0] for each in (within[text], others)]
+    return float(np.isin(pairs[0], pairs[1]).mean()) if text.any() else 0.0
+
+
+def values_at(whole: Whole, column: str, token: np.ndarray) -> np.ndarray:
+    """The values of a column at some tokens, ascending: read end to end, unless they are few among very many."""
+    first, last = int(token[0]), int(token[-1]) + 1
+    if last - first > max(MOST_SPANNED, SPARSE * len(token)):
+        return whole.source(column).open().take(token)
+    return np.asarray(whole.rows(column, first, last)[token - first])
 
 
 def site_labels(ds: Selectable, sites: Sequence[str] | None) -> tuple[str, ...]:

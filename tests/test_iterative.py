@@ -193,6 +193,32 @@ def test_an_update_of_what_a_token_is_is_no_error(generator, tmp_path: Path):
     assert found.interval("excess")[0][0, 0] < 0.001
 
 
+def test_an_update_that_looks_up_a_token_is_no_error(generator, tmp_path: Path):
+    """It is no linear function of states, and errors tell the token: so does what came alone, of which nothing was predicted."""
+    model, target = Head([LINEAR], {"unembedding": head(generator).arrays["unembedding"]}), targets(generator)
+    came = np.roll(target, 1)
+    embedding, table = (generator.normal(size=(V, D)) for _ in range(2))
+    first = (embedding[came] + 0.1 * noise(generator)).astype(np.float32)
+    second = (first + table[came] + 0.1 * noise(generator)).astype(np.float32)
+    read = dataset([first, second], tmp_path / "ds", target, model)
+    found = ac.lens.error_prediction(ac.lens.identity(read), read, lags=(1,))
+    assert found["increment"][0, 0] > 0.2
+    assert found["excess"][0, 0] < 0.01
+    assert found.interval("excess")[0][0, 0] < 0.001
+
+
+def test_controls_are_of_another_document_where_one_has_nearly_all():
+    documents = np.repeat([0, 1, 2], [5, 990, 5])
+    others = Others(None, None, None, documents)  # type: ignore[arg-type]
+    for document in (0, 1, 2):
+        drawn = others.draw(np.full(4000, document), np.random.default_rng(0))
+        assert (documents[drawn] != document).all()
+    drawn = others.draw(np.ones(4000, int), np.random.default_rng(0))
+    assert np.bincount(drawn, minlength=1000)[documents != 1].min() > 250
+    alone = Others(None, None, None, np.zeros(10, int))  # type: ignore[arg-type]
+    assert len(np.unique(alone.draw(np.zeros(99, int), np.random.default_rng(0)))) > 5
+
+
 def test_lags_that_make_no_sense(generator, tmp_path: Path):
     first = noise(generator)
     read = dataset([first, first + noise(generator)], tmp_path / "ds", targets(generator), head(generator))
@@ -311,6 +337,19 @@ def test_tokens_ahead_are_found_where_they_are_and_not_elsewhere(generator, tmp_
     assert found.interval("gain_over_unigram")[0][null].max() < 0
     assert np.abs(found["accuracy_over_unigram"][null]).max() < 0.07
     np.testing.assert_allclose(found["loss_unigram"], np.log(V), atol=0.1)
+
+
+def test_a_trained_lens_of_random_pairs_knows_nothing(generator, tmp_path: Path):
+    """The control of a trained lens is trained on random pairs too, and not on the true ones."""
+    target = targets(generator)
+    final = 4 * np.eye(V, dtype=np.float32)[target]
+    first = final @ generator.normal(size=(V, V)).astype(np.float32)
+    model = Head([{"op": "linear", "weight": "u"}], {"u": np.eye(V, dtype=np.float32)})
+    read = dataset([first, final], tmp_path / "ds", target, model)
+    found = ac.lens.future(read, offsets=(0,), kind="tuned", tokens=20_000, precision="float32")
+    assert found["accuracy"][0, 0] > 0.95
+    assert found["accuracy_shuffled"][0, 0] < 3 / V
+    assert found["loss_shuffled"][0, 0] > np.log(V) - 0.05
 
 
 def test_what_cannot_be_looked_ahead_to(generator, tmp_path: Path):

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import actcache as ac
 from actcache.cache.head import Head
+from actcache.clients.evaluation import Prediction
 from actcache.schemas.errors import Unsupported
 
 
@@ -91,3 +92,31 @@ def test_a_selection_is_read_too(built: str):
     loss = ds["loss"].compute()[chosen]
     found = ac.lens.logit(ds.where(position=1))
     np.testing.assert_allclose(found["loss"][-1], loss[~np.isnan(loss)].mean(), rtol=1e-5)
+
+
+def test_what_is_impossible_counts_nothing():
+    """Rows that pad a vocabulary can have logits of -inf: the measures are those without them."""
+    logits = np.random.default_rng(0).normal(size=(2, 5, 7)).astype(np.float32)
+    padded = np.concatenate([logits, np.full((2, 5, 3), -np.inf, np.float32)], axis=2)
+    target = np.arange(5)
+    want, found = (Prediction.of(each[0]).measures(Prediction.of(each[1]), target) for each in (logits, padded))
+    np.testing.assert_allclose(found, want, rtol=1e-5)
+
+
+def test_few_tokens_of_many_are_read_alone(built: str, monkeypatch: pytest.MonkeyPatch):
+    ds = ac.open(built)
+    some = ds.where(position=3)
+    want = ac.lens.states(some)
+    monkeypatch.setattr("actcache.clients.states.MOST_SPANNED", 1)
+    monkeypatch.setattr("actcache.clients.states.SPARSE", 1)
+    found = ac.lens.states(some)
+    for name in ("token", "target"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(want, name))
+    np.testing.assert_array_equal(found.groups.of, want.groups.of)
+
+
+def test_intervals_of_few_documents_say_so(built: str):
+    read = ac.lens.states(ac.open(built))
+    few = read.only(np.flatnonzero(read.groups.of < 3))
+    assert "of 3 too narrow" in ac.lens.logit(few).facts["intervals"]
+    assert "intervals" not in read.only(np.flatnonzero(read.groups.of == 0)).facts()

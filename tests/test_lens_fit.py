@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import actcache as ac
+from actcache.clients.bootstrap import Groups
 from actcache.clients.lens.ridge import PENALTIES, grams, ridge
 from actcache.clients.lens.training import Course, Progress, Training
 from actcache.clients.states import States
@@ -167,6 +169,24 @@ def test_training_reaches_the_best_lens(tmp_path: Path, start: str, precision: s
     assert lens.facts["held_out"]["kl"][0] == pytest.approx(ac.lens.evaluate(lens, outside)["kl"][0])
 
 
+@pytest.mark.parametrize("left", [1, 40])
+def test_an_epoch_has_no_short_step(tmp_path: Path, left: int):
+    """A few tokens more than whole steps do no harm: as a step of their own they would be all noise, and undo the others."""
+    last = normal(11)
+    read = planted(tmp_path, [last @ rotation(3) + 0.3 * normal(12), last], "left")
+    whole = 2 * 16 * WIDTH
+    kl = []
+    for n in (whole, whole + left):
+        part = read.only(np.arange(n))
+        course = Course.of(part, 40 * n)
+        assert n - course.size < course.size * (n // course.size) <= n
+        assert course.size >= 16 * WIDTH
+        lens = Training(part, ac.lens.identity(part), grams(part), course, precision="float32").run()
+        kl.append(ac.lens.evaluate(lens, part)["kl"][0])
+    assert kl[1] < 1.2 * kl[0] + 0.01
+    assert Course.of(read, None).steps <= 4 * len(read) / Course.of(read, None).size
+
+
 def test_an_interrupted_training_ends_as_if_it_had_not_been(
     built: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -273,3 +293,27 @@ def test_one_document_is_divided_by_sequence_and_says_so(model: Path, tmp_path: 
     with pytest.warns(UserWarning, match="1 documents are too few to hold some out"):
         lens = ac.lens.fit(ds, "ridge")
     assert lens.facts["sequences"] > 1
+
+
+def test_overlapping_sequences_are_not_held_out_unnoticed(
+    model: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
+):
+    text = tmp_path / "one.txt"
+    text.write_text("".join(f"a few words, {number} of them. " for number in range(60)))
+    for long, stride in (("split", None), ("stride", 4)):
+        ac.build(ac.Spec(model=str(model), corpus=(str(text),), context=16, long=long, stride=stride), tmp_path / long)
+        recwarn.clear()
+        ac.lens.states(ac.open(tmp_path / long)).split()
+        said = [str(each.message) for each in recwarn if "sequences overlap" in str(each.message)]
+        assert len(said) == (long == "stride")
+
+
+@pytest.mark.parametrize("sizes", [[900, 10, 10, 10, 10, 10, 10, 10, 10, 10, 10], [500, 400, 30, 40, 30]])
+def test_a_long_document_is_not_most_of_what_is_held_out(rotated: States, sizes: list[int]):
+    of = np.repeat(np.arange(len(sizes)), sizes)[: len(rotated)]
+    read = replace(rotated, groups=Groups(of, len(sizes), "document"))
+    for seed in range(20):
+        inside, outside = read.split(0.1, seed)
+        assert 0 < len(outside) <= 0.2 * len(read)
+        assert len(inside) + len(outside) == len(read)
+        assert not set(of[inside.token]) & set(of[outside.token])

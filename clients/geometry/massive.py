@@ -10,7 +10,7 @@ from actcache.clients.geometry.candidates import Occurrences, occurrences
 from actcache.clients.geometry.reading import layers
 from actcache.clients.results import Measure, Results
 from actcache.clients.selection import Selectable
-from actcache.clients.states import States
+from actcache.clients.states import States, values_at
 from actcache.schemas.errors import InvalidInput, NotFound, Unsupported
 
 MOST_LISTED = 10
@@ -116,8 +116,7 @@ def _by_place(
     tables = {}
     for name, field in (("position", "position"), ("token", "token_id")):
         try:
-            first = int(read.token[0])
-            of_all = whole.rows(field, first, int(read.token[-1]) + 1)[read.token - first].astype(np.int64)
+            of_all = values_at(whole, field, read.token).astype(np.int64)
         except NotFound:
             continue
         of_massive = of_all[np.searchsorted(read.token, np.unique(found.token))]

@@ -10,7 +10,7 @@ from threadpoolctl import threadpool_limits
 
 from actcache.cache.threads import spread
 from actcache.clients.bootstrap import Groups
-from actcache.clients.covariance import Products, centres
+from actcache.clients.covariance import Products, centres, far_off
 from actcache.clients.geometry.documents import Between, Runs
 from actcache.clients.geometry.reading import by_group, only_sites
 from actcache.clients.states import States
@@ -161,11 +161,19 @@ def group_products(
 def _centred(
     read: States, kept: Sequence[np.ndarray], pairs: Sequence[Pair]
 ) -> Iterator[tuple[int, dict[int, np.ndarray]]]:
-    """The first token of each piece, and by layer its states less the stored mean, (n, kept) float32."""
+    """The first token of each piece, and by layer its states less a vector, (n, kept) float32.
+
+    It is the stored mean, or where the first piece lies far from that, the mean of this piece.
+    """
     numbers = sorted({number for pair in pairs for number in pair})
     some = only_sites(read, numbers)
     shift = centres(some)
     for piece in some.pieces():
+        if not piece.low:
+            far = [far_off(state - mean) for state, mean in zip(piece.states, shift, strict=True)]
+            shift = [
+                mean if off is None else mean + off.astype(np.float32) for mean, off in zip(shift, far, strict=True)
+            ]
         x = {}
         for number, state, mean in zip(numbers, piece.states, shift, strict=True):
             x[number] = (state - mean) if len(kept[number]) == state.shape[1] else (state - mean)[:, kept[number]]

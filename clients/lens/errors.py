@@ -17,6 +17,7 @@ from actcache.clients.lens.lagged import (
     EXPECTED,
     PREDICTORS,
     SHUFFLED,
+    TOLD,
     Window,
     reaches,
     windows,
@@ -41,11 +42,13 @@ REGRESSIONS = {
     "states": STATES,
     "states_and_errors": (*STATES, ERROR),
     "states_and_expected": (*STATES, EXPECTED),
+    "states_and_told": (*STATES, TOLD),
     "states_and_shuffled": (*STATES, SHUFFLED),
 }
 INCREMENTS = {
     "increment": "states_and_errors",
     "increment_expected": "states_and_expected",
+    "increment_told": "states_and_told",
     "increment_shuffled": "states_and_shuffled",
 }
 
@@ -74,8 +77,9 @@ def error_prediction(
     - `earlier_state`: from h at t - k.
     - `states`: from h at t - k, which made the prediction; at t - k + 1, the token that came; and at t, where the update is made.
     - `increment`: what e adds to these: e holds the identity of a token, and so do states. `increment_shuffled`: what a random e adds.
-      `increment_expected`: what J^T q adds, which is a prediction and no error, but as little linear in the state.
-    - `excess`: `increment` less the larger of these two, in each block and lag: the number to read.
+      `increment_expected`: what J^T q adds, which is a prediction and no error, but as little linear in the state. `increment_told`:
+      what J^T onehot(next token) adds, which is what came, whether or not it was predicted.
+    - `excess`: `increment` less the largest of these three, in each block and lag: the number to read.
 
     Args:
         lens: what reads the states.
@@ -114,7 +118,8 @@ def error_prediction(
             for name, sums in gained.items():
                 explained[name][:, number] += sums
     measures = _measures({name: found.reshape(shape) for name, found in explained.items()}, total.reshape(shape))
-    facts = {"lens": lens.kind, **read.facts(), "held_out_tokens": len(held)}
+    told = {name: fact for name, fact in read.facts().items() if name != "intervals"}
+    facts = {"lens": lens.kind, **told, **held.intervals, "held_out_tokens": len(held)}
     facts |= {f"held_out_{held.groups.by}s": held.groups.count, "seed": seed}
     return Results(measures, {"block": read.labels[1:], "lag": [str(lag) for lag in lags]}, facts)
 
@@ -175,12 +180,9 @@ def _measures(explained: dict[str, np.ndarray], total: np.ndarray) -> dict[str, 
     """R² of each regression and the increments, from sums of squares by document, (document, block, lag)."""
     sums = {name: found for name, found in explained.items() if name not in INCREMENTS.values()}
     sums |= {name: explained[more] - explained["states"] for name, more in INCREMENTS.items()}
-    control = np.where(
-        sums["increment_expected"].sum(axis=0) > sums["increment_shuffled"].sum(axis=0),
-        sums["increment_expected"],
-        sums["increment_shuffled"],
-    )
-    sums["excess"] = sums["increment"] - control
+    controls = np.stack([sums[name] for name in INCREMENTS if name != "increment"])
+    largest = controls.sum(axis=1).argmax(axis=0)
+    sums["excess"] = sums["increment"] - np.take_along_axis(controls, largest[None, None], 0)[0]
     return {name: mean(found, total, "share", ("block", "lag")) for name, found in sums.items()}
 
 

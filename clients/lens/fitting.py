@@ -127,7 +127,8 @@ def fit(
 
 def _which(read: States) -> str:
     """What tells the tokens and states that are fitted on from others."""
-    return digest([list(read.sites), read.kind or "", sha256(read.token.data).hexdigest()])[:16]
+    what = [type(read).__name__, list(read.sites), read.kind or "", sha256(read.token.data).hexdigest()]
+    return digest(what)[:16]
 
 
 def _trainer() -> ModuleType:

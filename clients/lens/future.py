@@ -97,7 +97,8 @@ def future(
             tally.add(piece.low, _of_piece(lens, null, frequent, held, piece))
         found.append(tally.measures(("layer",)))
         unigram.append(frequent.measures(held))
-    facts = {"lens": kind, **every.facts(), "held_out_tokens": len(held)}
+    told = {name: fact for name, fact in every.facts().items() if name != "intervals"}
+    facts = {"lens": kind, **told, **held.intervals, "held_out_tokens": len(held)}
     facts |= {f"held_out_{held.groups.by}s": held.groups.count, "seed": seed}
     measures = _side_by_side(found, ("layer", "offset")) | _side_by_side(unigram, ("offset",))
     return Results(measures, {"layer": read.labels, "offset": [str(offset) for offset in offsets]}, facts)

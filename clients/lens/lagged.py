@@ -14,15 +14,15 @@ from actcache.clients.lens.sampling import Others
 from actcache.clients.lens.translators import Lens
 from actcache.clients.states import States
 
-EARLIER, CAME, CURRENT, ERROR, EXPECTED, SHUFFLED = range(6)
-"""Which d columns of the predictors are what: states at t - k, t - k + 1 and t; at t - k the error, and the part of it that is the
-prediction alone; the error at a random token."""
-PREDICTORS = 6
+EARLIER, CAME, CURRENT, ERROR, EXPECTED, TOLD, SHUFFLED = range(7)
+"""Which d columns of the predictors are what: states at t - k, t - k + 1 and t; at t - k the error, and the parts of it that are the
+prediction alone and what came alone; the error at a random token."""
+PREDICTORS = 7
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Predictors x (n, 6 d) and updates y (n, d), float32, and the tokens' documents (n,)."""
+    """Predictors x (n, 7 d) and updates y (n, d), float32, and the tokens' documents (n,)."""
 
     x: np.ndarray
     y: np.ndarray
@@ -64,7 +64,8 @@ class Window:
         others = self._drawn[block]
         at = np.flatnonzero(self._there[lag])
         before = at + len(h) - (self.high - self.low) - lag
-        parts = [h[before], h[before + 1], h[before + lag], error[before], expected[before], others[at]]
+        parts = [h[before], h[before + 1], h[before + lag], error[before], expected[before]]
+        parts += [expected[before] - error[before], others[at]]
         return Rows(np.concatenate(parts, axis=1), update[at], self._document[at])
 
 

@@ -13,7 +13,7 @@ from actcache.clients.lens.prediction_table import NOTHING, Predictions
 from actcache.clients.lens.translators import Lens, identity
 from actcache.clients.lens.units import predicts_tokens
 from actcache.clients.selection import Selectable
-from actcache.clients.states import Piece, States, states
+from actcache.clients.states import Piece, States, states, values_at
 from actcache.clients.whole import Whole
 from actcache.schemas.errors import InvalidInput, NotFound, Unsupported
 
@@ -161,8 +161,7 @@ def _layers(layers: Sequence[int] | None, read: States) -> list[int]:
 
 
 def _column(read: States, name: str) -> np.ndarray:
-    first = int(read.token[0])
-    return np.asarray(read.ds.rows(name, first, int(read.token[-1]) + 1)[read.token - first], np.int64)
+    return values_at(read.ds, name, read.token).astype(np.int64)
 
 
 def _text(read: States, found: Predictions) -> dict[int, str] | None:

@@ -73,6 +73,15 @@ class Others:
         for _ in range(REDRAWS):
             same = np.flatnonzero(self.document[drawn] == document)
             drawn[same] = generator.integers(len(self.document), size=len(same))
+        same = np.flatnonzero(self.document[drawn] == document)
+        if len(same):  # most of the others are of one document: the rest is drawn from what is left of them
+            order = np.argsort(self.document, kind="stable")
+            low, high = (np.searchsorted(self.document[order], document[same], side=side) for side in ("left", "right"))
+            left = len(order) - (high - low)
+            there = left > 0
+            place = generator.integers(np.maximum(left, 1))
+            place += np.where(place >= low, high - low, 0)
+            drawn[same[there]] = order[place[there]]
         return drawn
 
 

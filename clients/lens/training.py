@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from actcache.clients.buffered import Batch
-from actcache.clients.field import TOKEN
 from actcache.clients.lens.checkpoint import Checkpoint
 from actcache.clients.lens.natural import Natural, rate_at
 from actcache.clients.lens.ridge import Gram
@@ -75,14 +74,17 @@ class Course:
     def of(cls, read: States, tokens: int | None) -> Course:
         """For so many tokens; by default 200 steps of 16 tokens a dimension, or as many as four epochs have; 256 tokens a step at least.
 
+        Where an epoch is a few steps they are larger, so that it is divided into steps of equal size.
+
         Raises:
             InvalidInput: fewer than one token.
         """
         if tokens is not None and tokens < 1:
             raise InvalidInput(f"tokens={tokens}: give how many tokens to train on, at least 1")
-        size = min(max(FEWEST_TOKENS, TOKENS_A_DIMENSION * read.width), len(read))
-        wanted = tokens or min(STEPS * size, MOST_EPOCHS * len(read))
-        return cls(size, max(1, round(wanted / size)))
+        least = max(FEWEST_TOKENS, TOKENS_A_DIMENSION * read.width)
+        a_epoch = max(1, len(read) // least)
+        size = len(read) // a_epoch if a_epoch < STEPS else least
+        return cls(size, max(1, round(tokens / size)) if tokens else min(STEPS, MOST_EPOCHS * a_epoch))
 
 
 class Training:
@@ -133,11 +135,13 @@ class Training:
         kl = np.full(len(self._layers), np.nan)
         first = self._resume(checkpoint)
         for step, batch in self._batches(first):
-            states = {site: torch.from_numpy(rows).to(self.device) for site, rows in batch.items() if site != TOKEN}
+            names = [self.read.sites[layer] for layer in self._layers]
+            states = {name: torch.from_numpy(batch[name]).to(self.device) for name in names}
+            final = torch.from_numpy(self.read.final(batch)).to(self.device)
             if _is_measured(step):
                 self._measure_curvature(states, step)
             looked = step % REPORT_EVERY == 0 or step == self.course.steps - 1
-            found = self._step(states, rate_at(step, self.course.steps), looked)
+            found = self._step(states, final, rate_at(step, self.course.steps), looked)
             kl = found if looked else kl
             if report is not None:
                 report(Progress(step + 1, self.course.steps, (step + 1) * self.course.size, kl))
@@ -146,12 +150,11 @@ class Training:
         return self._result()
 
     def _batches(self, first: int) -> Iterator[tuple[int, Batch]]:
-        """Batches by step from `first` on, epoch after epoch."""
+        """Batches by step from `first` on, epoch after epoch, all equally large: few tokens would make a step of noise."""
         step = first
         while step < self.course.steps:
-            a_epoch = len(self.read.batches(size=self.course.size))
-            epoch, skipped = divmod(step, a_epoch)
-            batches = self.read.batches(size=self.course.size, shuffle=self.seed, epoch=epoch)
+            epoch, skipped = divmod(step, len(self.read) // self.course.size)
+            batches = self.read.batches(size=self.course.size, shuffle=self.seed, epoch=epoch, drop_last=True)
             batches.load_state_dict({**batches.state_dict(), "batches": skipped})
             for batch in batches:
                 if step == self.course.steps:
@@ -159,9 +162,8 @@ class Training:
                 yield step, batch
                 step += 1
 
-    def _step(self, states: Mapping[str, Tensor], rate: float, looked: bool) -> np.ndarray:
+    def _step(self, states: Mapping[str, Tensor], final: Tensor, rate: float, looked: bool) -> np.ndarray:
         """One step of every translator; KL by layer in nats, if it is looked at."""
-        final = states[self.read.final_name]
         sums = [(torch.zeros_like(each.m), torch.zeros_like(each.c)) for each in self._translators]
         kl = torch.zeros(len(self._layers), device=self.device)
         for low in range(0, len(final), self._rows):
@@ -188,7 +190,7 @@ class Training:
         """Let every translator know the curvature, from targets drawn of its own predictions."""
         generator = torch.Generator(self.device).manual_seed(self.seed + step)
         gradients: list[list[Tensor]] = [[] for _ in self._translators]
-        n = min(DRAWN * self.read.width, len(states[self.read.final_name]))
+        n = min(DRAWN * self.read.width, self.course.size)
         for low in range(0, n, self._rows):
             rows = slice(low, min(low + self._rows, n))
             for layer in self._layers:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from actcache.clients.states import States
+from actcache.clients.states import States, values_at
 from actcache.schemas.errors import NotFound, Unsupported
 
 NATS_PER_BIT = float(np.log(2))
@@ -39,5 +39,4 @@ def predicts_tokens(read: States) -> bool:
 def _later(read: States, column: str) -> np.ndarray:
     """A column at the tokens that are to be predicted."""
     at = read.token + read.offset + 1
-    first = int(at[0])
-    return np.asarray(read.ds.rows(column, first, int(at[-1]) + 1)[at - first])
+    return values_at(read.ds, column, at)

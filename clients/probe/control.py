@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from actcache.clients.states import numbered
 from actcache.schemas.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -42,10 +43,7 @@ def drawn(control: Control, read: States, pool: np.ndarray, seed: int, draw: int
     It is drawn from `pool`, the labels of some tokens, so that it is each of them as often as that occurs.
     """
     if control == "type":
-        first = int(read.token[0])
-        ids = read.ds.rows(TOKEN_ID, first, int(read.token[-1]) + 1)[read.token - first]
-        kept, owner = np.unique(ids, return_inverse=True)
-        count = len(kept)
+        owner, count = numbered(read.ds, TOKEN_ID, read.token)
     else:
         owner, count = read.groups.of, read.groups.count
     generator = np.random.default_rng([seed, draw])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from actcache.clients.covariance import centres, one_pass
+from actcache.clients.covariance import centres, far_off, one_pass
 from actcache.clients.probe.examples import Examples
 from actcache.clients.states import Piece
 
@@ -53,6 +53,15 @@ class Moments:
 
     def add(self, x: np.ndarray, answers: list[np.ndarray]) -> None:
         """Count rows x (n, d), float32, with their answers: class numbers (n,), or numbers (n, outputs)."""
+        far = far_off(x)
+        if far is not None:
+            near = Moments.empty(len(self.x), *self.y.shape)
+            near._count(x - far.astype(np.float32), answers)
+            self._take(near, far)
+        else:
+            self._count(x, answers)
+
+    def _count(self, x: np.ndarray, answers: list[np.ndarray]) -> None:
         self.n += len(x)
         self.x += x.sum(axis=0, dtype=np.float64)
         self.xx += x.T @ x
@@ -63,6 +72,16 @@ class Moments:
                 self.y[number] += answer.sum(axis=0)
                 self.yy[number] += np.square(answer).sum(axis=0)
                 self.xy[number] += answer.T.astype(np.float32) @ x
+
+    def _take(self, near: Moments, by: np.ndarray) -> None:
+        """Count the rows of other sums with `by` (d,) added to each."""
+        shift = np.outer(near.x, by)
+        self.n += near.n
+        self.x += near.x + near.n * by
+        self.xx += near.xx + shift + shift.T + near.n * np.outer(by, by)
+        self.y += near.y
+        self.yy += near.yy
+        self.xy += near.xy + near.y[..., None] * by
 
     def _add_classes(self, number: int, x: np.ndarray, answer: np.ndarray) -> None:
         """Of classes: y is 1 for a token's own class, 0 for the others."""
