@@ -64,8 +64,9 @@ def fit(
         device: where torch computes, such as `cuda`; by default a GPU if there is one.
         precision: of products with the unembedding while training. `auto` is bfloat16 where the processor multiplies it faster; what
             is reported of a lens is always measured in float32.
-        checkpoint: a file that keeps the state of training every half minute; with it, the same call goes on after an interruption.
-        report: called after each step.
+        checkpoint: a file that keeps the state of training every half minute, at its end, and when `report` raises; with it, the same
+            call goes on after an interruption. It is removed once the lens has been measured.
+        report: called after each step. What it raises ends the training.
 
     Returns:
         The lens. Its `facts` tell the dataset's key, the tokens fitted on, and `held_out`: loss, KL, entropy (nats) and agreement (share)
@@ -84,6 +85,9 @@ def fit(
         raise InvalidInput(
             f"target_offset={target_offset}: the states look {ds.offset} tokens ahead; give states(…, offset=) the same"
         )
+    trainer = _trainer() if kind == "tuned" else None
+    if trainer is not None:
+        trainer.check(tokens, device, precision)  # before anything is read
     every = states(ds, offset=target_offset, max_tokens=max_tokens)
     read, outside = every.split(held_out, seed)
     found = grams(read, shared)
@@ -96,10 +100,10 @@ def fit(
         "seed": seed,
         "held_out_share": held_out,
     }
-    if kind == "ridge":
+    kept: Checkpoint | None = None
+    if trainer is None:
         facts["penalty"] = [float(each.penalty) for each in found]
     else:
-        trainer = _trainer()
         course = trainer.Course.of(read, tokens)
         training = trainer.Training(read, lens, found, course, seed=seed, device=device, precision=precision)
         facts |= {
@@ -118,10 +122,10 @@ def fit(
         }
         kept = None if checkpoint is None else Checkpoint(checkpoint, identified)
         lens = training.run(report, kept)
-        if kept is not None:
-            kept.remove()
     measured = evaluate(lens, outside.only(np.arange(min(MOST_HELD_OUT, len(outside)))))
     facts["held_out"] = {"tokens": measured.facts["tokens"], **{name: measured[name].tolist() for name in measured}}
+    if kept is not None:
+        kept.remove()
     return replace(lens, facts=facts)
 
 

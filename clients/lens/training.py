@@ -77,11 +77,20 @@ class Course:
         Raises:
             InvalidInput: fewer than one token.
         """
-        if tokens is not None and tokens < 1:
-            raise InvalidInput(f"tokens={tokens}: give how many tokens to train on, at least 1")
+        _checked_tokens(tokens)
         size = min(TOKENS_A_DIMENSION * read.width, len(read))
         wanted = tokens or min(STEPS * size, MOST_EPOCHS * len(read))
         return cls(size, max(1, round(wanted / size)))
+
+
+def check(tokens: int | None, device: str | None, precision: Precision) -> None:
+    """Refuse what nothing can be trained with.
+
+    Raises:
+        InvalidInput: fewer than one token, no such device or precision.
+    """
+    _checked_tokens(tokens)
+    _dtype(precision, _device(device))
 
 
 class Training:
@@ -138,10 +147,16 @@ class Training:
             looked = step % REPORT_EVERY == 0 or step == self.course.steps - 1
             found = self._step(states, rate_at(step, self.course.steps), looked)
             kl = found if looked else kl
-            if report is not None:
-                report(Progress(step + 1, self.course.steps, (step + 1) * self.course.size, kl))
-            if checkpoint is not None:
-                checkpoint.keep(step + 1, self._state)
+            last = step + 1 == self.course.steps
+            try:
+                if report is not None:
+                    report(Progress(step + 1, self.course.steps, (step + 1) * self.course.size, kl))
+            except BaseException:  # whoever stops it between two steps loses none
+                last = True
+                raise
+            finally:
+                if checkpoint is not None:
+                    checkpoint.keep(step + 1, self._state, now=last)
         return self._result()
 
     def _batches(self, first: int) -> Iterator[tuple[int, Batch]]:
@@ -242,6 +257,11 @@ def _kl(wanted: Tensor, predicted: Tensor) -> Tensor:
     wanted, predicted = wanted.float(), predicted.float()
     least = torch.finfo(torch.float32).tiny
     return (wanted * (wanted.clamp(min=least).log() - predicted.clamp(min=least).log())).sum(-1).mean()
+
+
+def _checked_tokens(tokens: int | None) -> None:
+    if tokens is not None and tokens < 1:
+        raise InvalidInput(f"tokens={tokens}: give how many tokens to train on, at least 1")
 
 
 def _device(asked: str | None) -> torch.device:
