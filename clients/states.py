@@ -54,7 +54,7 @@ class Piece:
     final: np.ndarray
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class States:
     """States of some tokens at several sites, and the prediction that they are measured against.
 
@@ -82,6 +82,11 @@ class States:
 
     def __len__(self) -> int:
         return len(self.token)
+
+    def __repr__(self) -> str:
+        ahead = f", {self.offset} tokens ahead" if self.offset else ""
+        read = f" in {self.kind}" if self.kind else ""
+        return f"<actcache states of {len(self):,} tokens at {len(self.sites)} sites{read}{ahead}: {self.ds.url}>"
 
     @property
     def width(self) -> int:
@@ -168,7 +173,7 @@ class States:
             numbers = np.unique(sequence, return_inverse=True)[1]
             count = int(numbers.max()) + 1
             warnings.warn(
-                f"{self.ds.url}: {groups.count} documents are too few to hold some out; {count} sequences are divided instead",
+                f"{self.ds.url}: too few documents ({groups.count}) to hold some out; sequences ({count}) are divided instead",
                 stacklevel=2,
             )
             groups = Groups(numbers, count, "sequence")
@@ -176,7 +181,7 @@ class States:
             raise InvalidInput(
                 f"{self.ds.url}: one {groups.by} cannot be divided into a part to fit on and one held out"
             )
-        order = np.random.default_rng(seed).permutation(groups.count)
+        order = np.random.default_rng(seeded(seed)).permutation(groups.count)
         size = np.bincount(groups.of, minlength=groups.count)[order]
         tokens = np.cumsum(size)
         number = int(np.clip(np.searchsorted(tokens, held_out * tokens[-1]) + 1, 1, groups.count - 1))
@@ -243,7 +248,7 @@ def states(
     """
     if isinstance(ds, States):
         return ds
-    whole = ds.whole
+    whole = whole_of(ds)
     if offset < 0:
         raise InvalidInput(f"offset={offset}: a prediction that is made later is asked for, at least 0")
     if quantised is not None and quantised not in KINDS:
@@ -311,14 +316,40 @@ def chosen_tokens(ds: Selectable, max_tokens: int | None = None) -> np.ndarray:
     """The places on the token axis of the first tokens of a dataset or selection, ascending int64.
 
     Raises:
-        InvalidInput: a selection that names a token twice.
+        InvalidInput: a selection that names a token twice, or fewer than one token is asked for.
     """
+    if max_tokens is not None and max_tokens < 1:
+        raise InvalidInput(f"max_tokens={max_tokens}: give at least 1")
     if ds is ds.whole:
         return np.arange(ds.n_tokens if max_tokens is None else min(max_tokens, ds.n_tokens))
     chosen = np.sort(ds.index.tokens(0, len(ds.index)))[:max_tokens]
     if len(np.unique(chosen)) < len(chosen):
         raise InvalidInput(f"{ds.url}: a selection that names a token twice")
     return chosen
+
+
+def whole_of(ds: Selectable) -> Whole:
+    """The dataset that something is, or is selected from.
+
+    Raises:
+        InvalidInput: it is none, but perhaps the URL of one.
+    """
+    if not hasattr(ds, "whole"):
+        raise InvalidInput(
+            f"a dataset or tokens selected from one are asked for, such as actcache.open(url), not {ds!r:.60}"
+        )
+    return ds.whole
+
+
+def seeded(seed: int) -> int:
+    """A seed that can be drawn with.
+
+    Raises:
+        InvalidInput: it is below 0.
+    """
+    if seed < 0:
+        raise InvalidInput(f"seed={seed}: give a whole number from 0")
+    return seed
 
 
 def numbered(whole: Whole, column: str, token: np.ndarray) -> tuple[np.ndarray, int]:

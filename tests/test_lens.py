@@ -43,7 +43,7 @@ def test_only_the_first_tokens(built: str):
     few = ac.lens.logit(ds, max_tokens=40)
     inside = ~np.isnan(ds["loss"].compute()[:40])
     np.testing.assert_allclose(few["loss"][-1], ds["loss"].compute()[:40][inside].mean(), rtol=1e-5)
-    with pytest.raises(ac.InvalidInput, match="successor"):
+    with pytest.raises(ac.InvalidInput, match="give at least 1"):
         ac.lens.logit(ds, max_tokens=0)
 
 

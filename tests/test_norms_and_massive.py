@@ -204,8 +204,8 @@ def test_the_command_line(built: str, tmp_path: Path):
     assert bad.exit_code == 2
     assert "numbers separated by commas" in bad.output
     bad = call("geometry", "norms", built, "--csv", tmp_path / "absent/n.csv")
-    assert bad.exit_code == 1
-    assert "cannot be written" in bad.output
+    assert bad.exit_code == 2
+    assert "make it first" in bad.output
 
 
 def test_the_python_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

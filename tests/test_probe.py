@@ -85,7 +85,7 @@ def test_a_label_of_the_token_type_is_known_by_heart(built: str):
     """The embedding tells every type: accuracy is high, and so is that of the control."""
     ds = ac.open(built)
     by_type = np.random.default_rng(0).integers(2, size=300)[ds.tokens["token_id"]]
-    with pytest.warns(UserWarning, match="documents are too few") if ds.n_documents < 5 else _nothing():
+    with pytest.warns(UserWarning, match="too few documents") if ds.n_documents < 5 else _nothing():
         found = ac.probe.fit(ds, by_type, held_out=0.3, draws=5).results
     assert found.facts["control"] == "type"
     assert found["accuracy"][0] > 0.8

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
 
+from actcache.clients.summary import printable
 from actcache.schemas.errors import ActcacheError, InvalidInput, OutOfRange
+from actcache.schemas.quantised import KINDS
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -31,6 +34,14 @@ def _remember_debug(context: click.Context, _: click.Parameter, value: bool) -> 
         context.find_root().meta["debug"] = True
 
 
+def seed_option(said: str) -> Callable[[F], F]:
+    """`--seed`, 0 or more."""
+    return click.option("--seed", type=click.IntRange(0), default=0, show_default=True, metavar="N", help=said)
+
+
+quantised_option: Callable[[F], F] = click.option(
+    "--quantized", "quantised", type=click.Choice(KINDS), help="Read this quantised form of each state."
+)
 debug_option: Callable[[F], F] = click.option(
     "--debug", is_flag=True, expose_value=False, callback=_remember_debug, help="Show the traceback of an error."
 )
@@ -55,13 +66,19 @@ def _plain(value: Any) -> Any:
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else str(value)
 
 
+def _one_line(message: Warning | str, *_: Any, **__: Any) -> None:
+    click.echo(f"actcache: warning: {printable(' '.join(str(message).split()))}", err=True)
+
+
 class OneLineErrors(click.Group):
     """A group whose commands end with one clear line and exit code 1 (failed) or 2 (usage)."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.showwarning = _one_line
+                return super().invoke(ctx)
         except (click.exceptions.Exit, click.ClickException, click.Abort):
             raise
         except BrokenPipeError:
@@ -84,5 +101,5 @@ class OneLineErrors(click.Group):
     def _fail(self, ctx: click.Context, error: Exception, text: str, code: int) -> None:
         if ctx.meta.get("debug"):
             raise error
-        click.echo(f"actcache: error: {' '.join(text.split())}", err=True)
+        click.echo(f"actcache: error: {printable(' '.join(text.split()))}", err=True)
         ctx.exit(code)

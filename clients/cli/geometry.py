@@ -7,13 +7,12 @@ from typing import Any, TypeVar
 
 import click
 
-from actcache.clients.cli.common import reading_options, with_options
+from actcache.clients.cli.common import quantised_option, reading_options, with_options
 from actcache.clients.cli.output import give, output_options
 from actcache.clients.geometry import massive, norms, similarity, spectrum
 from actcache.clients.opening import open as open_dataset
 from actcache.clients.results import Results
 from actcache.schemas.errors import InvalidInput
-from actcache.schemas.quantised import KINDS
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -22,7 +21,7 @@ shared_options = with_options(
     click.option(
         "--sites", metavar="NAMES", help="Names of sites, separated by commas, instead of the residual stream."
     ),
-    click.option("--quantized", "quantised", type=click.Choice(KINDS), help="Read this quantised form of each state."),
+    quantised_option,
     output_options(),
     reading_options,
 )
@@ -36,7 +35,11 @@ intervals_option: Callable[[F], F] = click.option(
 
 @click.group("geometry")
 def geometry_group() -> None:
-    """How alike layers are, how many dimensions they use, how norms grow, and which activations are massive."""
+    """How alike layers are, how many dimensions they use, how norms grow, and which activations are massive.
+
+    \b
+    actcache geometry spectrum ./demo.zarr --max-tokens 20000
+    """
 
 
 @geometry_group.command("similarity")

@@ -8,7 +8,7 @@ from typing import get_args
 import click
 
 from actcache.clients import figures
-from actcache.clients.cli.common import print_json, reading_options
+from actcache.clients.cli.common import print_json, quantised_option, reading_options
 from actcache.clients.cli.lens_fit import eval_command, fit_command
 from actcache.clients.cli.output import give, output_options, write
 from actcache.clients.figures.table import Colour
@@ -17,19 +17,21 @@ from actcache.clients.lens.logit import logit
 from actcache.clients.lens.predictions import predictions
 from actcache.clients.lens.transfer import MAX_TOKENS, transfer
 from actcache.clients.opening import open as open_dataset
-from actcache.schemas.quantised import KINDS
 
 max_tokens_option = click.option(
     "--max-tokens", type=click.IntRange(1), metavar="N", help="Go over the first N tokens alone."
-)
-quantised_option = click.option(
-    "--quantized", "quantised", type=click.Choice(KINDS), help="Read this quantised form of each state."
 )
 
 
 @click.group("lens")
 def lens_group() -> None:
-    """Read what each layer predicts, from the dataset alone."""
+    """Read what each layer predicts, from the dataset alone.
+
+    \b
+    actcache lens logit ./demo.zarr --plot demo.png
+    actcache lens fit ./demo.zarr tuned.lens
+    actcache lens eval ./demo.zarr --lens tuned.lens --against logit
+    """
 
 
 lens_group.add_command(fit_command)

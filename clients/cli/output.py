@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -35,7 +36,7 @@ def output_options(draws: str = "Draw the measures") -> Callable[[F], F]:
     Files that cannot be written are refused before anything is measured. `draws` is what the help says of the picture.
     """
     return with_options(
-        click.option("--csv", metavar="FILE", callback=_csv_path, help="Write all numbers as CSV."),
+        click.option("--csv", metavar="FILE", callback=writable_path, help="Write all numbers as CSV."),
         click.option(
             "--plot", metavar="FILE", callback=_plot_path, help=f"{draws}, as PNG or SVG by the file's ending."
         ),
@@ -79,13 +80,31 @@ def write(
             raise StoreError(f"{path}: cannot be written ({error.strerror})") from None
 
 
-def _csv_path(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
-    if value is not None and not Path(value).parent.is_dir():
-        raise InvalidInput(f"{value}: the folder {Path(value).parent} does not exist; make it first")
+def writable(value: str) -> None:
+    """Refuse a file that cannot be written; to be asked before long work.
+
+    Raises:
+        InvalidInput: a folder, or one in a folder that is not there.
+        StoreError: the folder, or the file, is not to be written.
+    """
+    path = Path(value)
+    if path.is_dir():
+        raise InvalidInput(f"{value or repr(value)}: a folder; give a file")
+    if not path.parent.is_dir():
+        raise InvalidInput(f"{value}: the folder {path.parent} does not exist; make it first")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise StoreError(f"{value}: cannot be written (permission denied)")
+
+
+def writable_path(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    """The value of an option that names a file to write. Raises as `writable`."""
+    if value is not None:
+        writable(value)
     return value
 
 
 def _plot_path(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
     if value is not None:
         picture_path(value)
+        writable(value)
     return value

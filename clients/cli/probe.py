@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import click
 
-from actcache.clients.cli.common import print_json, reading_options
+from actcache.clients.cli.common import print_json, quantised_option, reading_options, seed_option
 from actcache.clients.cli.label_sources import SOURCES, labels_of
-from actcache.clients.cli.output import output_options, write
+from actcache.clients.cli.output import output_options, writable_path, write
 from actcache.clients.opening import open as open_dataset
 from actcache.clients.probe import fit
-from actcache.schemas.quantised import KINDS
 
 
 @click.group("probe")
 def probe_group() -> None:
-    """Linear probes: what a linear map tells of each layer's states."""
+    """Linear probes: what a linear map tells of each layer's states.
+
+    \b
+    actcache probe fit ./demo.zarr --labels 'token-regex:^\\s+$'
+    """
 
 
 @probe_group.command("fit")
@@ -33,10 +36,10 @@ def probe_group() -> None:
 @click.option("--held-out", default=0.1, show_default=True, metavar="SHARE", help="Share of the tokens to measure on.")
 @click.option("--control/--no-control", default=True, show_default=True, help="Fit labels at random as well.")
 @click.option("--draws", type=int, metavar="N", help="Control tasks to take the mean of; default 5 (ridge) or 1.")
-@click.option("--seed", default=0, show_default=True, metavar="N", help="Of the held-out documents and the control.")
+@seed_option("Of the held-out documents and the control.")
 @click.option("--max-tokens", type=click.IntRange(1), metavar="N", help="Go over the first N tokens alone.")
-@click.option("--quantized", "quantised", type=click.Choice(KINDS), help="Read this quantised form of each state.")
-@click.option("--save", metavar="FILE", help="Write the probe as safetensors.")
+@quantised_option
+@click.option("--save", metavar="FILE", callback=writable_path, help="Write the probe as safetensors.")
 @output_options("Draw the measures by layer")
 @reading_options
 def fit_command(

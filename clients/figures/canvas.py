@@ -18,6 +18,8 @@ COLUMN, PAGE = 3.4, 6.8
 SANS, MONO = "DejaVu Sans", "DejaVu Sans Mono"
 """Fonts that come with matplotlib, so that a picture is the same on every machine."""
 
+ACRONYMS = {"kl": "KL", "cka": "CKA", "r2": "R²", "rmse": "RMSE"}
+
 _METADATA: Mapping[str, dict[str, None]] = {
     ".png": {"Software": None},
     ".svg": {"Date": None, "Creator": None},
@@ -93,12 +95,14 @@ def plain(texts: Any) -> Any:
 def spoken(name: str, unit: str = "1") -> str:
     """The name of a measure in words, without the unit that it ends with."""
     words = name.replace("_", " ").removesuffix(f" {unit}")
-    return "KL" + words[2:] if words == "kl" or words.startswith("kl ") else words
+    first, *others = words.split(" ")
+    return " ".join([ACRONYMS.get(first, first), *(ACRONYMS.get(word, word) for word in others)])
 
 
 def with_unit(name: str, unit: str) -> str:
     """The name of a measure in words, and its unit."""
-    return spoken(name, unit) + ("" if unit == "1" else f" ({unit})")
+    words = spoken(name, unit)
+    return words if unit in ("1", words) else f"{words} ({unit})"
 
 
 def drawable(text: str, font: str = SANS) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from actcache.clients.figures.canvas import COLUMN, PAGE, page, picture_path, spoken, with_unit
 from actcache.clients.figures.heatmap import draw_heatmap, numbered
-from actcache.clients.figures.lines import draw_lines, legend_height
+from actcache.clients.figures.lines import draw_lines, legend_height, turned_height
 from actcache.clients.results import Measure, Results
 from actcache.schemas.errors import InvalidInput, NotFound
 
@@ -39,12 +39,12 @@ class _Panel:
         shape = self.first.value.shape
         return len(shape) == 2 and numbered(shape) and shape[1] > NARROW
 
-    @property
-    def height(self) -> float:
+    def height(self, labels: Mapping[str, list[str]]) -> float:
         shape = self.first.value.shape
+        below = turned_height(labels[self.first.axes[-1]])
         if len(shape) == 1:
-            return LINES_HIGH + legend_height(len(self.measures))
-        return min(max(shape[0] * ROW_HIGH + AROUND, LEAST_HIGH), MOST_HIGH) if numbered(shape) else COLUMN
+            return LINES_HIGH + legend_height(len(self.measures)) + below
+        return below + (min(max(shape[0] * ROW_HIGH + AROUND, LEAST_HIGH), MOST_HIGH) if numbered(shape) else COLUMN)
 
     def draw(self, figure: Figure, axes: Axes, labels: Mapping[str, list[str]]) -> None:
         name, first = next(iter(self.measures.items()))
@@ -52,7 +52,7 @@ class _Panel:
         if len(names) == 2:
             draw_heatmap(figure, axes, name, first, names[0], names[1])
             return
-        said = first.unit if len(self.measures) > 1 else with_unit(name, first.unit)
+        said = with_unit(name, first.unit) if len(self.measures) == 1 else "" if first.unit == "1" else first.unit
         series = {spoken(name, each.unit): each for name, each in self.measures.items()}
         draw_lines(axes, series, names[0], first.axes[0], said)
 
@@ -62,7 +62,8 @@ def draw(results: Results, path: str | Path, measures: Sequence[str] | None = No
 
     Measures along one axis are lines with their intervals as bands, one frame a unit; measures along two axes fields of colours, with
     numbers in them up to 14 × 14, and those of three axes one such field for each place of the first. Colours are centred at 0 where
-    values are below it, and for penalties and differences, and end where few values are beyond. Single numbers are not drawn.
+    values are below it, and for penalties and differences, and end where few values are beyond.
+    Single numbers are not drawn, nor measures that have none.
 
     Raises:
         NotFound: no such measure.
@@ -70,6 +71,7 @@ def draw(results: Results, path: str | Path, measures: Sequence[str] | None = No
         Unsupported: matplotlib is not installed.
     """
     asked = {name: results.measure(name) for name in (results if measures is None else measures)}
+    asked = {name: each for name, each in asked.items() if each.value.size}
     panels = list(_panels(replace(results, measures=asked)))
     if not 0 < len(panels) <= MOST_PANELS:
         what = f"{len(panels)} frames would be drawn of {', '.join(asked) or 'nothing'}"
@@ -79,7 +81,7 @@ def draw(results: Results, path: str | Path, measures: Sequence[str] | None = No
     columns = 1 if single else 2
     width = COLUMN if len(panels) == 1 and not panels[0].wide else PAGE
     rows = [panels[low : low + columns] for low in range(0, len(panels), columns)]
-    heights = [max(panel.height for panel in row) for row in rows]
+    heights = [max(panel.height(labels) for panel in row) for row in rows]
     with page(path, width, sum(heights)) as figure:
         grid = figure.add_gridspec(len(rows), columns, height_ratios=heights)
         for number, panel in enumerate(panels):
@@ -112,7 +114,7 @@ def draw_together(results: Mapping[str, Results], measure: str, path: str | Path
             raise InvalidInput(
                 f"{path}: {measure!r} of {other!r} is along another axis, or in another unit, than of {name!r}"
             )
-    with page(path, COLUMN, LINES_HIGH + legend_height(len(found))) as figure:
+    with page(path, COLUMN, LINES_HIGH + legend_height(len(found)) + turned_height(labels)) as figure:
         draw_lines(figure.add_subplot(), found, labels, first.axes[0], with_unit(measure, first.unit))
     return Path(path)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from actcache.clients.figures.canvas import drawable, plain, with_unit
+from actcache.clients.figures.canvas import drawable, plain, spoken, with_unit
 from actcache.clients.figures.colours import SEQUENTIAL, diverging, ink
 from actcache.clients.figures.lines import ticks
 from actcache.clients.results import Measure
@@ -47,12 +47,12 @@ def draw_heatmap(
     colours = (matplotlib.colormaps[name_of_map] if name_of_map else diverging()).with_extremes(bad="#ffffff")
     drawn = axes.imshow(values, cmap=colours, norm=norm, aspect="auto", interpolation="nearest")
     if numbered(values.shape):
-        _write(axes, values, colours(norm(values)), numbers_at)
-    ticks(axes, "x", across, _room(across))
+        _write(axes, measure.value, colours(norm(values)), numbers_at)
+    ticks(axes, "x", across)
     ticks(axes, "y", down, 2 * MOST_NUMBERED)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=2)
-    plain([axes.set_xlabel(drawable(measure.axes[1])), axes.set_ylabel(drawable(measure.axes[0]))])
+    plain([axes.set_xlabel(drawable(spoken(measure.axes[1]))), axes.set_ylabel(drawable(spoken(measure.axes[0])))])
     plain(axes.set_title(drawable(with_unit(name, measure.unit))))
     beyond = (bool((values < low).any()), bool((values > high).any()))
     extend = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}[beyond]
@@ -85,11 +85,6 @@ def numbered(shape: tuple[int, ...]) -> bool:
     return max(shape) <= MOST_NUMBERED
 
 
-def _room(labels: Sequence[str]) -> int:
-    """How many names stand beside each other."""
-    return max(2, 70 // max(3, *map(len, labels)))
-
-
 def _write(axes: Axes, values: np.ndarray, colours: Any, size: float) -> None:
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value):
@@ -98,8 +93,11 @@ def _write(axes: Axes, values: np.ndarray, colours: Any, size: float) -> None:
             )
 
 
-def _number(value: float) -> str:
-    """Two digits behind the point, fewer of what is larger; no -0."""
+def _number(value: float | np.integer) -> str:
+    """Two digits behind the point, fewer of what is larger, none of a count; no -0."""
+    if isinstance(value, np.integer) and abs(int(value)) < 10_000:
+        return str(int(value)).replace("-", "\N{MINUS SIGN}")
+    value = float(value)
     digits = 2 if abs(value) < 10 else 1 if abs(value) < 100 else 0
     if abs(value) >= 10_000:
         return f"{value:.0e}".replace("e+0", "e")

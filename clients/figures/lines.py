@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from actcache.clients.figures.canvas import drawable, plain
+from actcache.clients.figures.canvas import drawable, plain, spoken
 from actcache.clients.figures.colours import LINES, MARKERS
 from actcache.clients.results import Measure
 
@@ -19,7 +19,9 @@ MOST_TICKS = 13
 MOST_MARKED = 40
 """Lines of more points have no markers."""
 BAND = 0.2
-MOST_INSIDE, LEGEND_COLUMNS, LEGEND_LINE = 4, 2, 0.16
+MOST_INSIDE, LEGEND_COLUMNS, LEGEND_LINE = 2, 2, 0.16
+BESIDE, CHARACTER = 42, 0.065
+"""Characters that stand beside each other below a frame of half a page, and the inches that one takes."""
 LINE = 36
 """Characters of a line beside an axis."""
 
@@ -37,12 +39,18 @@ def draw_lines(axes: Axes, series: Mapping[str, Measure], labels: Sequence[str],
     ticks(axes, "x", labels)
     axes.set_axisbelow(True)
     axes.grid(axis="y", color="#e5e5e5", linewidth=0.5)
-    plain([axes.set_xlabel(drawable(across)), axes.set_ylabel(drawable(fill(said, LINE)))])
+    plain([axes.set_xlabel(drawable(spoken(across))), axes.set_ylabel(fill(drawable(said), LINE))])
     if len(series) > MOST_INSIDE:
         above = axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=LEGEND_COLUMNS)
         plain(above.get_texts())
     elif len(series) > 1:
         plain(axes.legend().get_texts())
+
+
+def turned_height(labels: Sequence[str]) -> float:
+    """Inches more that the names below a frame take where they stand upright: see `ticks`."""
+    named = [labels[place] for place in _named(labels, MOST_TICKS)]
+    return CHARACTER * max(map(len, named)) if _turned(named) else 0.0
 
 
 def legend_height(series: int) -> float:
@@ -51,16 +59,28 @@ def legend_height(series: int) -> float:
 
 
 def ticks(axes: Axes, which: str, labels: Sequence[str], most: int = MOST_TICKS) -> None:
-    """Name places of an axis, as many as have room; round numbers where not all have."""
+    """Name places of an axis, as many as have room; round numbers where not all have. Long names below a frame stand upright."""
+    places = _named(labels, most)
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.set_ticks(places)
+    named = [labels[place] for place in places]
+    plain(axis.set_ticklabels([drawable(name) for name in named]))
+    if which == "x" and _turned(named):
+        axis.set_tick_params(rotation=90)
+
+
+def _turned(named: Sequence[str]) -> bool:
+    """Whether so many names are too long to stand beside each other below half a page."""
+    return len(named) > 1 and sum(map(len, named)) + len(named) > BESIDE
+
+
+def _named(labels: Sequence[str], most: int) -> list[int]:
+    """The places that are named."""
     step = next(step for step in _STEPS if len(labels) <= most * step)
     numbers = {place: int(label) for place, label in enumerate(labels) if label.isdecimal()}
     if step == 1 or len(numbers) < len(labels) - 1:
-        places = list(range(0, len(labels), step))
-    else:  # round numbers
-        places = [place for place, number in numbers.items() if number % step == 0]
-    axis = axes.xaxis if which == "x" else axes.yaxis
-    axis.set_ticks(places)
-    plain(axis.set_ticklabels([drawable(labels[place]) for place in places]))
+        return list(range(0, len(labels), step))
+    return [place for place, number in numbers.items() if number % step == 0]
 
 
 _STEPS = [factor * 10**power for power in range(12) for factor in (1, 2, 5)]

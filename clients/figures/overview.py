@@ -12,7 +12,6 @@ from actcache.clients.figures.canvas import PAGE, drawable, page, plain
 from actcache.clients.figures.colours import GREY, LINES
 from actcache.clients.figures.lines import ticks
 from actcache.clients.results import Results
-from actcache.clients.states import states
 from actcache.clients.summary import printable
 
 if TYPE_CHECKING:
@@ -60,6 +59,8 @@ def overview(ds: Dataset, measures: Mapping[str, np.ndarray], path: str | Path) 
 
 def _unigram_entropy(ds: Dataset) -> float:
     """Entropy in nats of the predicted tokens' own frequencies: the loss of the best model without context."""
-    counts = np.bincount(states(ds).target)
+    following = np.ones(ds.n_tokens, bool)
+    following[ds.sequence_start[:-1]] = False
+    counts = np.bincount(ds.tokens["token_id"][following])
     share = counts[counts > 0] / counts.sum()
     return float(-(share * np.log(share)).sum())

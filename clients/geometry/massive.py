@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from actcache.clients.geometry.candidates import Occurrences, occurrences
-from actcache.clients.geometry.reading import layers
+from actcache.clients.geometry.reading import UNIT, layers
 from actcache.clients.results import Measure, Results
 from actcache.clients.selection import Selectable
 from actcache.clients.states import States, values_at
@@ -81,8 +81,8 @@ def _frequent(values: np.ndarray) -> np.ndarray:
 def _by_layer(read: States, found: Occurrences) -> dict[str, Measure]:
     tokens = [len(np.unique(found.token[found.layer == layer])) for layer in range(read.n_layers)]
     return {
-        "median": Measure(found.median, "1"),
-        "largest": Measure(found.largest, "1"),
+        "median": Measure(found.median, UNIT),
+        "largest": Measure(found.largest, UNIT),
         "largest_ratio": Measure(found.largest / np.where(found.median > 0, found.median, np.nan), "1"),
         "largest_dimension": Measure(found.largest_dimension, "dimension"),
         "tokens": Measure(np.array(tokens), "tokens"),
@@ -101,7 +101,7 @@ def _by_dimension(read: States, found: Occurrences, dimensions: np.ndarray) -> d
     axes, there = ("layer", "dimension"), count > 0
     return {
         "count": Measure(count, "tokens", axes),
-        "value": Measure(value / some, "1", axes),
+        "value": Measure(value / some, UNIT, axes),
         "norm_share": Measure(share / some, "share", axes),
         "first_layer": Measure(there.argmax(axis=0), "layer", ("dimension",)),
         "last_layer": Measure(read.n_layers - 1 - there[::-1].argmax(axis=0), "layer", ("dimension",)),

@@ -10,7 +10,7 @@ from actcache.cache.threads import spread
 from actcache.clients.bootstrap import mean
 from actcache.clients.geometry.histogram import Magnitudes
 from actcache.clients.geometry.influence import Z, dealt, standard_error
-from actcache.clients.geometry.reading import layers, widths
+from actcache.clients.geometry.reading import UNIT, layers, widths
 from actcache.clients.loader import Batches
 from actcache.clients.results import Measure, Results
 from actcache.clients.selection import Selectable
@@ -47,7 +47,7 @@ def norms(
     - `update_size`: ‖u‖ / ‖h + u‖.
     - `update_share`: u · (h + u) / ‖h + u‖², the share of the new squared norm that is the update's; the rest is h's. It can be below 0.
 
-    Each is one number without a unit, norms being in the states' own; intervals of means resample documents.
+    Norms are in the units of the states, all else is without a unit; intervals of means resample documents.
 
     Raises:
         NotFound: a site that is not stored, in the form asked for.
@@ -59,7 +59,7 @@ def norms(
     counts, growth, told = _first_pass(read)
     percentiles = np.array([[each.quantile(p / 100) for p in PERCENTILES] for each in counts])
     measures = {
-        "norm": Measure(percentiles, "1", ("layer", "percentile")),
+        "norm": Measure(percentiles, UNIT, ("layer", "percentile")),
         "median": _median(read, counts),
         "growth": growth if told is None else Measure(np.exp(growth.value), "1", growth.axes, *told),
         **(_updates(read) if updates else {}),
@@ -105,7 +105,7 @@ def _median(read: States, counts: Sequence[Magnitudes]) -> Measure:
     value = np.array([each.quantile(0.5) for each in counts])
     groups = dealt(read.groups)
     if groups.count < 2:
-        return Measure(value, "1")
+        return Measure(value, UNIT)
     below = np.zeros((groups.count, read.n_layers))
     for low, found in _stored(read):
         owner = groups.of[low : low + len(found[0])]
@@ -114,7 +114,7 @@ def _median(read: States, counts: Sequence[Magnitudes]) -> Measure:
     size = np.bincount(groups.of, minlength=groups.count)[:, None]
     half = Z * standard_error((below - size * below.sum(axis=0) / len(read)) / len(read))
     ends = [[each.quantile(0.5 + sign * h) for each, h in zip(counts, half, strict=True)] for sign in (-1, 1)]
-    return Measure(value, "1", ("layer",), *map(np.array, ends))
+    return Measure(value, UNIT, ("layer",), *map(np.array, ends))
 
 
 def _updates(read: States) -> dict[str, Measure]:

@@ -10,11 +10,13 @@ import numpy as np
 from actcache.cache.head import Head
 from actcache.clients.bootstrap import Groups
 from actcache.clients.selection import Selectable
-from actcache.clients.states import States, chosen_tokens, numbered
-from actcache.schemas.errors import InvalidInput
+from actcache.clients.states import States, chosen_tokens, numbered, whole_of
+from actcache.schemas.errors import InvalidInput, NotFound
 from actcache.schemas.quantised import KINDS, Kind
 from actcache.schemas.sites import residual_stream
 
+UNIT = "units of the states"
+"""Of norms and magnitudes."""
 MEMORY = 2 << 30
 """Bytes that sums of products may take, unless asked otherwise: what does not fit is left to further passes over the data."""
 
@@ -41,15 +43,17 @@ def layers(
     if quantised is not None and quantised not in KINDS:
         raise InvalidInput(f"quantised={quantised!r}: there is {', '.join(KINDS)}")
     kind: Kind | None = quantised
-    whole = ds.whole
+    whole = whole_of(ds)
     there = ds.sites if kind is None else [site for site, kinds in ds.quantised.items() if kind in kinds]
     names = tuple(([s for s in ds.residual_states if s in there] or there) if sites is None else sites)
+    if not names and kind is None and (kinds := sorted({each for some in ds.quantised.values() for each in some})):
+        raise NotFound(
+            f"{ds.url}: sites are stored in quantised form alone; read one of {', '.join(kinds)} (quantised=, --quantized)"
+        )
     if not names or len(set(names)) < len(names):
         raise InvalidInput(f"{ds.url}: sites, each once, are asked for; there is {', '.join(there) or 'none'}")
     for name in names:
         ds.source(name, kind)
-    if max_tokens is not None and max_tokens < 1:
-        raise InvalidInput(f"max_tokens={max_tokens}: give at least 1")
     token = chosen_tokens(ds, max_tokens)
     if not len(token):
         raise InvalidInput(f"{ds.url}: no token is selected")

@@ -9,7 +9,7 @@ import numpy as np
 from actcache.clients.bootstrap import Groups
 from actcache.clients.covariance import Products, one_pass
 from actcache.clients.geometry.influence import dealt, positive, said, share
-from actcache.clients.geometry.reading import MEMORY, kept_dimensions, layers, only_sites
+from actcache.clients.geometry.reading import MEMORY, UNIT, kept_dimensions, layers, only_sites
 from actcache.clients.results import Measure, Results
 from actcache.clients.selection import Selectable
 from actcache.clients.states import Piece, States
@@ -19,7 +19,7 @@ COUNTS = {
     "effective_rank": "dimensions",
     "effective_rank_of_variance": "dimensions",
     "participation_ratio": "dimensions",
-    "variance": "1",
+    "variance": f"squared {UNIT}",
 }
 FEWEST_TOKENS = 2
 

@@ -17,7 +17,7 @@ SECONDS = 30.0
 
 
 class Checkpoint:
-    """A file that holds the state of one training. It is replaced as a whole, every half minute, and goes when the training ends.
+    """A file that holds the state of one training. It is replaced as a whole, every half minute, and goes when the lens is made.
 
     Args:
         path: the file.
@@ -46,9 +46,9 @@ class Checkpoint:
                 )
         return int(facts["step"]), arrays
 
-    def keep(self, step: int, state: Callable[[], Mapping[str, np.ndarray]]) -> None:
-        """Write the state, unless that was done a moment ago."""
-        if time.monotonic() - self._kept >= SECONDS:
+    def keep(self, step: int, state: Callable[[], Mapping[str, np.ndarray]], now: bool = False) -> None:
+        """Write the state, unless that was done a moment ago, or `now` in any case."""
+        if now or time.monotonic() - self._kept >= SECONDS:
             tensor_file.write(self.path, state(), {**self._facts, "kind": KIND, "step": step})
             self._kept = time.monotonic()
 

@@ -24,7 +24,7 @@ from actcache.clients.lens.lagged import (
 )
 from actcache.clients.lens.regression import Fit, Moments, ridge
 from actcache.clients.lens.sampling import spaced
-from actcache.clients.lens.translators import Lens
+from actcache.clients.lens.translators import Lens, identity
 from actcache.clients.results import Measure, Results
 from actcache.clients.selection import Selectable
 from actcache.clients.states import States
@@ -82,7 +82,7 @@ def error_prediction(
     - `excess`: `increment` less the largest of these three, in each block and lag: the number to read.
 
     Args:
-        lens: what reads the states.
+        lens: what reads the states, or None for the logit lens.
         ds: a dataset, tokens selected from one, or `states(…)`.
         lags: how many tokens earlier, each at least 1.
         max_tokens: how many tokens, of evenly spaced sequences; None for all.
@@ -97,9 +97,10 @@ def error_prediction(
     lags = tuple(lags)
     if not lags or min(lags) < 1 or len(set(lags)) < len(lags):
         raise InvalidInput(f"lags={lags}: give different numbers of tokens, each at least 1")
-    if lens.offset:
+    if lens is not None and lens.offset:
         raise InvalidInput(f"the lens looks {lens.offset} tokens ahead; errors at the next token ask for offset=0")
     read = spaced(ds, max_tokens)
+    lens = identity(read) if lens is None else lens
     lens.check(read)
     fitted, held = read.split(held_out, seed)
     for name, part in (("to fit on", fitted), ("held out", held)):

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 MOST_HELD_OUT = 1 << 15
 """Held-out tokens that a lens is measured on when it is made."""
+RUNS, RUN = 16, 256
+"""Runs of fitted tokens, evenly spaced, on which training is checked, and tokens of each."""
 
 
 def fit(
@@ -64,12 +66,14 @@ def fit(
         device: where torch computes, such as `cuda`; by default a GPU if there is one.
         precision: of products with the unembedding while training. `auto` is bfloat16 where the processor multiplies it faster; what
             is reported of a lens is always measured in float32.
-        checkpoint: a file that keeps the state of training every half minute; with it, the same call goes on after an interruption.
-        report: called after each step.
+        checkpoint: a file that keeps the state of training every half minute, at its end, and when `report` raises; with it, the same
+            call goes on after an interruption. It is removed once the lens has been measured.
+        report: called after each step. What it raises ends the training.
 
     Returns:
-        The lens. Its `facts` tell the dataset's key, the tokens fitted on, and `held_out`: loss, KL, entropy (nats) and agreement (share)
-        by layer, on at most 32,768 held-out tokens.
+        The lens. Its `facts` tell the dataset's key, the tokens fitted on, `not_improved`, the translators that training made worse on
+        those, which are as they were at the start, and `held_out`: loss, KL, entropy (nats) and agreement (share) by layer, on at most
+        32,768 held-out tokens.
 
     Raises:
         NotFound: the dataset has no head, or lacks a state.
@@ -84,6 +88,9 @@ def fit(
         raise InvalidInput(
             f"target_offset={target_offset}: the states look {ds.offset} tokens ahead; give states(…, offset=) the same"
         )
+    trainer = _trainer() if kind == "tuned" else None
+    if trainer is not None:
+        trainer.check(tokens, device, precision)  # before anything is read
     every = states(ds, offset=target_offset, max_tokens=max_tokens)
     read, outside = every.split(held_out, seed)
     found = grams(read, shared)
@@ -96,10 +103,10 @@ def fit(
         "seed": seed,
         "held_out_share": held_out,
     }
-    if kind == "ridge":
+    kept: Checkpoint | None = None
+    if trainer is None:
         facts["penalty"] = [float(each.penalty) for each in found]
     else:
-        trainer = _trainer()
         course = trainer.Course.of(read, tokens)
         training = trainer.Training(read, lens, found, course, seed=seed, device=device, precision=precision)
         facts |= {
@@ -117,12 +124,28 @@ def fit(
             "model": lens.model,
         }
         kept = None if checkpoint is None else Checkpoint(checkpoint, identified)
-        lens = training.run(report, kept)
-        if kept is not None:
-            kept.remove()
+        lens, facts["not_improved"] = _no_worse(training.run(report, kept), lens, read)
     measured = evaluate(lens, outside.only(np.arange(min(MOST_HELD_OUT, len(outside)))))
     facts["held_out"] = {"tokens": measured.facts["tokens"], **{name: measured[name].tolist() for name in measured}}
+    if kept is not None:
+        kept.remove()
     return replace(lens, facts=facts)
+
+
+def _no_worse(trained: Lens, start: Lens, read: States) -> tuple[Lens, list[int]]:
+    """The trained lens with the first translators wherever training made the KL worse, on tokens fitted on; and which these are.
+
+    It can where predictions are so sure that the tokens drawn to measure the curvature see none.
+    """
+    runs = np.linspace(0, max(0, len(read) - RUN), RUNS).astype(np.int64)
+    places = np.unique(np.concatenate([np.arange(first, min(first + RUN, len(read))) for first in runs]))
+    before, after = (evaluate(each, read.only(places))["kl"] for each in (start, trained))
+    number = np.array([trained.translator(layer) for layer in range(read.n_layers)], float)  # NaN for none
+    means = ([kl[number == each].mean() for each in range(len(trained.weight))] for kl in (before, after))
+    worse = [each for each, (first, last) in enumerate(zip(*means, strict=True)) if not last <= first]
+    weight, bias = trained.weight.copy(), trained.bias.copy()
+    weight[worse], bias[worse] = start.weight[worse], start.bias[worse]
+    return replace(trained, weight=weight, bias=bias), worse
 
 
 def _which(read: States) -> str:

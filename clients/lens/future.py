@@ -110,7 +110,7 @@ def _ahead(read: States, part: States, offset: int) -> States:
     return replace(part, offset=offset, target=read.target[later])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class _Mispaired(States):
     """States that are to be translated into the final state of a random token, of `pool` (token, d)."""
 

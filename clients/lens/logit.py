@@ -28,8 +28,8 @@ def logit(ds: Selectable | States, max_tokens: int | None = None, quantised: str
     return evaluate(identity(read), read)
 
 
-def evaluate(lens: Lens, ds: Selectable | States, max_tokens: int | None = None) -> Results:
-    """How well each layer predicts when a lens reads it, from the first state to the last.
+def evaluate(lens: Lens | None, ds: Selectable | States, max_tokens: int | None = None) -> Results:
+    """How well each layer predicts when a lens reads it, from the first state to the last. None is the logit lens.
 
     Goes over every token that has a successor in its sequence, or those among the first `max_tokens`. Each measure is (layer,),
     float64: `loss`, the cross-entropy of the next token in nats; `kl`, KL(final ‖ layer) in nats; `entropy` of the layer's prediction
@@ -40,7 +40,8 @@ def evaluate(lens: Lens, ds: Selectable | States, max_tokens: int | None = None)
         NotFound: the dataset has no head, or lacks a state.
         InvalidInput: no token has a successor, or what the lens reads is not what is given.
     """
-    read = states(ds, offset=lens.offset, max_tokens=max_tokens)
+    read = states(ds, offset=lens.offset if lens else 0, max_tokens=max_tokens)
+    lens = identity(read) if lens is None else lens
     lens.check(read)
     sums = np.zeros((len(MEASURES), read.groups.count, read.n_layers))
     for low, found in token_measures(lens, read):

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from actcache.clients.selection import Selectable
-from actcache.clients.states import PIECE_BYTES, States, states
+from actcache.clients.states import PIECE_BYTES, States, seeded, states, whole_of
+from actcache.schemas.errors import InvalidInput
 
 MOST_OTHERS, FEWEST_OTHERS = 2048, 256
 REDRAWS = 8
@@ -22,9 +23,11 @@ def spaced(ds: Selectable | States, max_tokens: int | None, offset: int = 0, qua
     """
     if isinstance(ds, States):
         return ds
+    whole = whole_of(ds)
+    if max_tokens is not None and max_tokens < 1:
+        raise InvalidInput(f"max_tokens={max_tokens}: give at least 1")
     if max_tokens is None or len(ds.index) <= max_tokens:
         return states(ds, offset=offset, quantised=quantised)
-    whole = ds.whole
     if ds is whole:
         lengths = np.diff(whole.sequence_start)
         chosen = _evenly(len(lengths), max_tokens / lengths.mean())
@@ -56,7 +59,7 @@ class Others:
     def of(cls, read: States, seed: int) -> Others:
         """Of those tokens. Together their states take at most 32 MiB, unless 256 tokens take more."""
         most = int(np.clip(PIECE_BYTES // (4 * read.width * read.n_layers), FEWEST_OTHERS, MOST_OTHERS))
-        places = np.random.default_rng([seed, 1]).permutation(len(read))[:most]
+        places = np.random.default_rng([seeded(seed), 1]).permutation(len(read))[:most]
         places.sort()
         few = read.only(places)
         held = np.empty((read.n_layers, len(few), read.width), np.float32)

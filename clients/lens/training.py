@@ -79,12 +79,21 @@ class Course:
         Raises:
             InvalidInput: fewer than one token.
         """
-        if tokens is not None and tokens < 1:
-            raise InvalidInput(f"tokens={tokens}: give how many tokens to train on, at least 1")
+        _checked_tokens(tokens)
         least = max(FEWEST_TOKENS, TOKENS_A_DIMENSION * read.width)
         a_epoch = max(1, len(read) // least)
         size = len(read) // a_epoch if a_epoch < STEPS else least
         return cls(size, max(1, round(tokens / size)) if tokens else min(STEPS, MOST_EPOCHS * a_epoch))
+
+
+def check(tokens: int | None, device: str | None, precision: Precision) -> None:
+    """Refuse what nothing can be trained with.
+
+    Raises:
+        InvalidInput: fewer than one token, no such device or precision.
+    """
+    _checked_tokens(tokens)
+    _dtype(precision, _device(device))
 
 
 class Training:
@@ -143,10 +152,16 @@ class Training:
             looked = step % REPORT_EVERY == 0 or step == self.course.steps - 1
             found = self._step(states, final, rate_at(step, self.course.steps), looked)
             kl = found if looked else kl
-            if report is not None:
-                report(Progress(step + 1, self.course.steps, (step + 1) * self.course.size, kl))
-            if checkpoint is not None:
-                checkpoint.keep(step + 1, self._state)
+            last = step + 1 == self.course.steps
+            try:
+                if report is not None:
+                    report(Progress(step + 1, self.course.steps, (step + 1) * self.course.size, kl))
+            except BaseException:  # whoever stops it between two steps loses none
+                last = True
+                raise
+            finally:
+                if checkpoint is not None:
+                    checkpoint.keep(step + 1, self._state, now=last)
         return self._result()
 
     def _batches(self, first: int) -> Iterator[tuple[int, Batch]]:
@@ -245,6 +260,11 @@ def _kl(wanted: Tensor, predicted: Tensor) -> Tensor:
     wanted, predicted = wanted.float(), predicted.float()
     least = torch.finfo(torch.float32).tiny
     return (wanted * (wanted.clamp(min=least).log() - predicted.clamp(min=least).log())).sum(-1).mean()
+
+
+def _checked_tokens(tokens: int | None) -> None:
+    if tokens is not None and tokens < 1:
+        raise InvalidInput(f"tokens={tokens}: give how many tokens to train on, at least 1")
 
 
 def _device(asked: str | None) -> torch.device:

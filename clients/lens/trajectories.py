@@ -12,7 +12,7 @@ from actcache.clients.bootstrap import Groups, mean
 from actcache.clients.evaluation import Prediction, by_block
 from actcache.clients.lens.sampling import Others, spaced
 from actcache.clients.lens.tally import Tally
-from actcache.clients.lens.translators import Lens
+from actcache.clients.lens.translators import Lens, identity
 from actcache.clients.results import Measure, Results
 from actcache.clients.selection import Selectable
 from actcache.clients.states import States
@@ -55,7 +55,7 @@ def trajectories(
     is that of a random token of another document, another one at each layer: as deep as the agreement by chance makes them.
 
     Args:
-        lens: what reads the states.
+        lens: what reads the states, or None for the logit lens.
         ds: a dataset, tokens selected from one, or `states(…)`.
         max_tokens: how many tokens, of evenly spaced sequences; None for all.
         seed: of the control.
@@ -65,9 +65,10 @@ def trajectories(
         NotFound: the dataset has no head, or lacks a state.
         InvalidInput: no token has a successor; a lens that looks ahead; what the lens reads is not what is given.
     """
-    if lens.offset:
+    if lens is not None and lens.offset:
         raise InvalidInput(f"the lens looks {lens.offset} tokens ahead; prediction depth asks for one with offset=0")
     read = spaced(ds, max_tokens)
+    lens = identity(read) if lens is None else lens
     lens.check(read)
     others = Others.of(read, seed)
     chance = _best(lens, others.read, others.states)

@@ -92,6 +92,8 @@ class Lens:
             raise InvalidInput(
                 f"{states.ds.url}: the lens reads {', '.join(self.sites)}, not {', '.join(states.sites)}; give sites="
             )
+        if self.width != states.width:
+            raise InvalidInput(f"{states.ds.url}: the lens reads states of {self.width} dimensions, not {states.width}")
         if self.offset != states.offset:
             raise InvalidInput(
                 f"the lens looks {self.offset} tokens ahead; give offset={self.offset}, not {states.offset}"

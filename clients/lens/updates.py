@@ -9,7 +9,7 @@ from actcache.clients.evaluation import Prediction, by_block
 from actcache.clients.lens.gradient import of_losses
 from actcache.clients.lens.sampling import Others, spaced
 from actcache.clients.lens.tally import Tally
-from actcache.clients.lens.translators import Lens
+from actcache.clients.lens.translators import Lens, identity
 from actcache.clients.results import Results
 from actcache.clients.selection import Selectable
 from actcache.clients.states import Piece, States
@@ -31,7 +31,9 @@ UNITS = {
 }
 
 
-def alignment(lens: Lens, ds: Selectable | States, max_tokens: int | None = MAX_TOKENS, seed: int = 0) -> Results:
+def alignment(
+    lens: Lens | None, ds: Selectable | States, max_tokens: int | None = MAX_TOKENS, seed: int = 0
+) -> Results:
     """The cosine between what each block adds to a state h and the direction in which the loss falls fastest there.
 
     With Δh = h_{l+1} - h_l, q_l = softmax(head(lens_l(h_l))) and g = ∇_h CE(next token, q_l) at h_l, the cosine of Δh and -g, of each
@@ -53,7 +55,7 @@ def alignment(lens: Lens, ds: Selectable | States, max_tokens: int | None = MAX_
     A token whose update or gradient is 0 has no cosine and is not counted.
 
     Args:
-        lens: what reads the states.
+        lens: what reads the states, or None for the logit lens.
         ds: a dataset, tokens selected from one, or `states(…)`.
         max_tokens: how many tokens, of evenly spaced sequences; None for all.
         seed: of the controls.
@@ -63,7 +65,8 @@ def alignment(lens: Lens, ds: Selectable | States, max_tokens: int | None = MAX_
         NotFound: the dataset has no head, or lacks a state.
         InvalidInput: no token has a successor, or what the lens reads is not what is given.
     """
-    read = spaced(ds, max_tokens, lens.offset)
+    read = spaced(ds, max_tokens, lens.offset if lens else 0)
+    lens = identity(read) if lens is None else lens
     lens.check(read)
     others = Others.of(read, seed)
     middle = np.diff(np.stack(centres(read)), axis=0)

@@ -15,6 +15,7 @@ from actcache.clients.probe.model import Probe
 from actcache.clients.probe.ridge import Affine
 from actcache.clients.probe.solving import Solved, by_logistic, by_ridge
 from actcache.clients.results import Measure, Results
+from actcache.clients.states import whole_of
 from actcache.schemas.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def fit(
     """
     draws = DRAWS.get(method, 1) if draws is None else draws
     _checked(method, alphas, draws, tolerance)
-    found = read_labels(ds.whole, labels, task)
+    found = read_labels(whole_of(ds), labels, task)
     if found.task == "regression" and method == "logistic":
         raise InvalidInput("logistic regression is of classes; regression is method='ridge'")
     data = examples(ds, found, sites, max_tokens, quantised)
@@ -183,7 +184,7 @@ def _answers(found: Labels, fitted: Examples, held: Examples) -> tuple[Examples,
         return fitted, held, _Answers(np.empty(0), -1, names, mean, scale)
     there = np.unique(fitted.answers[0])
     if len(there) < 2:
-        raise InvalidInput(f"{fitted.read.ds.url}: the fitted tokens have one class alone, {found.classes[there[0]]!r}")
+        raise InvalidInput(f"{fitted.read.ds.url}: the fitted tokens have one class alone: {found.classes[there[0]]}")
     number = np.full(len(found.classes), UNSEEN, np.int32)
     number[there] = np.arange(len(there))
     fitted, held = (part.mapped(lambda answer: number[answer]) for part in (fitted, held))

@@ -63,6 +63,7 @@ def load_probe(path: str | Path) -> dict[str, Any]:
             )
             for name, each in told["measures"].items()
         }
+        _check(path, facts, measures)
         kind = CLASSES[facts["classes"]["dtype"]]
         return {
             **{name: facts[name] for name in ("task", "method", "model", "facts")},
@@ -74,5 +75,26 @@ def load_probe(path: str | Path) -> dict[str, Any]:
             "alpha_": arrays["alpha"],
             "results": Results(measures, told["labels"], told["facts"]),
         }
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InvalidInput(f"{path}: a damaged probe: {error!r}") from None
+
+
+def _check(path: str | Path, facts: dict[str, Any], measures: dict[str, Measure]) -> None:
+    """Refuse facts of other types, and results that do not go with their labels. Raises `ValueError` or what such facts make."""
+    told = facts["results"]
+    texts = (facts["model"], facts["method"], *facts["sites"], *facts["labels"])
+    labels = told["labels"]
+    right = (
+        facts["task"] in ("classification", "regression"),
+        all(isinstance(text, str) for text in texts),
+        len(facts["labels"]) == len(facts["sites"]),
+        isinstance(facts["facts"], dict) and isinstance(told["facts"], dict),
+        all(isinstance(name, str) for names in labels.values() for name in names),
+        ("accuracy" if facts["task"] == "classification" else "r2") in measures,
+    )
+    if not all(right):
+        raise ValueError("facts that are not those of a probe")
+    for name, each in measures.items():
+        shape = tuple(len(labels[axis]) for axis in each.axes)
+        if any(part is not None and part.shape != shape for part in (each.value, each.low, each.high)):
+            raise ValueError(f"{name} is not shaped as its labels, {shape}")
