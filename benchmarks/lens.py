@@ -1,6 +1,6 @@
 """Our lenses against those of tuned-lens 0.2.0 on the same model and tokens, and against plain Adam. Runs only on request.
 
-`--steps N` is how long the peer trains; the tokens of everything else follow from it.
+`--steps N` is how long the peer trains; the tokens of everything else follow from it. `--steps 1` is a trial of the benchmark itself.
 """
 
 from __future__ import annotations

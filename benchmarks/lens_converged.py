@@ -16,15 +16,15 @@ from benchmarks.lens_data import Clock, divergence, fitted
 from benchmarks.ratio import Result, Times, compare
 
 WITHIN, GOAL = 1.02, 0.1
-PASSES = 8
-"""Of the training to convergence, and at most of Adam."""
+LONG, PASSES = 8, 16
+"""Passes of our training to convergence, and Adam's at most."""
 CHECKS_A_PASS = 8
 CONVERGED = 1e-3
 """The part of its KL that no layer may win in a pass any more."""
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 KEPT = 2
 """Of the rates, those that go on after a first pass."""
-COSINES = (0.5, 1, 2, 4, 8)
+COSINES = (1, 2, 4, 8, 16)
 """Passes of the courses whose rate falls to zero."""
 OURS = (0, 12, 25, 50, 75, 100, 150, 200, 300, 400)
 """Steps of our courses; 0 is ridge alone."""
@@ -69,10 +69,10 @@ def run(read: States, held_out: States) -> Iterator[Result]:
         "  while a lens is looked at. Both sides have the same head code and products in the same precision",
         flush=True,
     )
-    long = _ours(read, held_out, PASSES * a_pass)
-    print(long.line(long.kl) + f": {PASSES} passes, the first reference", flush=True)
+    long = _ours(read, held_out, LONG * a_pass)
+    print(long.line(long.kl) + f": {LONG} passes, the first reference", flush=True)
     ours = _ladder(read, held_out, long.kl)
-    adams = list(_adams(read, held_out, a_pass, long.kl))
+    adams = _adams(read, held_out, a_pass, long.kl)
     reference = np.min([point.kl for point in (long, *ours, *adams)], axis=0)
     print(
         "  converged lens, the best of every course in each layer, nats: " + " ".join(f"{kl:.4f}" for kl in reference)
@@ -125,25 +125,27 @@ def _duel(read: States, steps: int, course: Adams, stop: int) -> Iterator[Result
         )
 
 
-def _adams(read: States, held_out: States, a_pass: int, reference: np.ndarray) -> Iterator[Point]:
-    """Every rate for a pass, then the best of them to convergence, and those again with a rate that falls."""
-    after_a_pass = {}
-    for rate in RATES:
-        points = _adam(read, held_out, Adams(rate, a_pass, False), a_pass, reference)
-        after_a_pass[rate] = float(np.mean(np.log(points[-1].kl)))
-        yield from points
-    kept = sorted(sorted(RATES, key=after_a_pass.__getitem__)[:KEPT])
+def _adams(read: States, held_out: States, a_pass: int, reference: np.ndarray) -> list[Point]:
+    """Every rate for a pass, the best two to convergence; with a rate that falls these and the next higher, then the best of those."""
     found: list[Point] = []
-    for rate in kept:
-        found += _adam(read, held_out, Adams(rate, PASSES * a_pass, False), a_pass, reference)
-    for rate in sorted({*kept, *(each for each in RATES if each > kept[-1])}):
-        for passes in COSINES:
-            steps = round(passes * a_pass)
-            quickest = _first(found, reference)
-            if quickest is not None and steps >= quickest.steps:
-                break
-            found += _adam(read, held_out, Adams(rate, steps, True), a_pass, reference)
-    yield from found
+
+    def best(rates: Sequence[float], steps: int, cosine: bool, kept: int) -> list[float]:
+        """Try some rates; those whose worst layer is best in the end."""
+        after = {}
+        for rate in rates:
+            found.extend(_adam(read, held_out, Adams(rate, steps, cosine), a_pass, reference))
+            after[rate] = float(np.max(found[-1].kl / reference))
+        return sorted(after, key=after.__getitem__)[:kept]
+
+    kept = best(RATES, a_pass, False, KEPT)
+    best(kept, PASSES * a_pass, False, KEPT)
+    higher = [rate for rate in RATES if rate > max(kept)][:1]
+    rates = [*kept, *higher]
+    for passes in COSINES:
+        quickest = _first(found, reference)
+        if quickest is None or passes * a_pass < quickest.steps:
+            rates = best(rates, passes * a_pass, True, 1)
+    return found
 
 
 def _adam(read: States, held_out: States, course: Adams, a_pass: int, reference: np.ndarray) -> list[Point]:
