@@ -14,6 +14,9 @@ from actcache.clients.states import Piece, States
 FAR = 8.0
 """Standard deviations between the mean of some rows and 0 from which on float32 loses what is asked for in their sums of products."""
 
+SUMMED = 512
+"""Rows that are summed in float32 before their sum is added up in float64."""
+
 
 @dataclass
 class Products:
@@ -38,32 +41,23 @@ class Products:
 
     def add(self, x: np.ndarray, y: np.ndarray) -> None:
         """Count rows x (n, d) and y (n, k), float32. `x is y` takes half the work."""
-        far_x = far_off(x)
-        far_y = far_x if x is y else far_off(y)
-        if far_x is None and far_y is None:
-            self.n += len(x)
-            self.x += x.sum(axis=0, dtype=np.float64)
-            self.y += y.sum(axis=0, dtype=np.float64)
-            self.xy += x.T @ y
+        left = Rows.of(x)
+        self.count(left, left if x is y else Rows.of(y))
+
+    def count(self, x: Rows, y: Rows) -> None:
+        """Count rows x (n, d) and y (n, k)."""
+        if not len(x.near):
             return
-        by_x, by_y = (np.zeros(len(own)) if far is None else far for far, own in ((far_x, self.x), (far_y, self.y)))
-        near = Products.empty(len(self.x), len(self.y))
-        near.n = len(x)
-        left = x - by_x.astype(x.dtype)
-        right = left if x is y else y - by_y.astype(y.dtype)
-        near.x, near.y = (each.sum(axis=0, dtype=np.float64) for each in (left, right))
-        near.xy = (left.T @ right).astype(np.float64)
-        whole = near.moved(by_x, by_y)
-        self.n += whole.n
-        self.x += whole.x
-        self.y += whole.y
-        self.xy += whole.xy
+        found = Products(float(len(x.near)), x.sum, y.sum, x.near.T @ y.near)
+        if x.far is not None or y.far is not None:
+            found = found.moved(*(np.zeros(len(each.sum)) if each.far is None else each.far for each in (x, y)))
+        self.n += found.n
+        self.x += found.x
+        self.y += found.y
+        self.xy += found.xy
 
     def __add__(self, other: Products) -> Products:
         return Products(self.n + other.n, self.x + other.x, self.y + other.y, self.xy + other.xy)
-
-    def __sub__(self, other: Products) -> Products:
-        return Products(self.n - other.n, self.x - other.x, self.y - other.y, self.xy - other.xy)
 
     def moved(self, x: np.ndarray, y: np.ndarray) -> Products:
         """The sums of what is counted after `x` (d,) is added to every x, and `y` (k,) to every y."""
@@ -76,6 +70,36 @@ class Products:
         return self.xy / self.n - np.outer(self.x / self.n, self.y / self.n)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Rows whose products are to be summed.
+
+    Attributes:
+        near: the rows, (n, d) float32, with `far` taken off where they lie far from 0.
+        far: see `far_off`.
+        sum: of the near rows, (d,) float64.
+    """
+
+    near: np.ndarray
+    far: np.ndarray | None
+    sum: np.ndarray
+
+    @classmethod
+    def of(cls, x: np.ndarray) -> Rows:
+        """Rows x (n, d), float32."""
+        far = far_off(x)
+        near = x if far is None else x - far.astype(x.dtype)
+        return cls(near, far, _sum(near))
+
+
+def _sum(x: np.ndarray) -> np.ndarray:
+    """The sum of rows (n, d), float64: of a few hundred at a time in their own precision, as fast as they are read."""
+    parts = (x[low : low + SUMMED] for low in range(0, len(x), SUMMED))
+    return np.asarray(
+        sum((np.ones(len(part), x.dtype) @ part).astype(np.float64) for part in parts) + np.zeros(x.shape[1])
+    )
+
+
 def far_off(x: np.ndarray) -> np.ndarray | None:
     """The mean of rows (n, d) in those dimensions where it is far from 0 beside how they vary, 0 in others, (d,) float64; None if in none.
 
@@ -83,8 +107,8 @@ def far_off(x: np.ndarray) -> np.ndarray | None:
     """
     if not len(x):
         return None
-    total = x.sum(axis=0, dtype=np.float64)
-    square = np.einsum("ij,ij->j", x, x).astype(np.float64)
+    total = _sum(x)
+    square = _sum(np.square(x))
     far = (total != 0) & (total**2 / len(x) * (1 + FAR**-2) > square)
     if not far.any():
         return None

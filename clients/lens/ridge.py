@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from actcache.clients.covariance import Products, centres, one_pass
+from actcache.clients.covariance import Products, Rows, centres, one_pass
 from actcache.clients.lens.translators import Lens, identity
 from actcache.clients.states import Piece, States
 
@@ -46,26 +46,27 @@ def grams(read: States, shared: bool = False) -> list[Gram]:
     shift = [each.astype(np.float64) for each in centres(read, layers)]
     validated = _validation(read)
     width = read.width
-    every = [_Sums.empty(width) for _ in layers]
+    inside = [_Sums.empty(width) for _ in layers]
     outside = [_Sums.empty(width) for _ in layers]
 
     def add(layer: int, x: np.ndarray, piece: Piece) -> None:
         y = piece.final - final.astype(np.float32)
-        every[layer].add(x, y)
-        rows = np.flatnonzero(validated[piece.low : piece.high])
-        if len(rows):
-            outside[layer].add(x[rows], y[rows])
+        held = validated[piece.low : piece.high]
+        for sums, rows in ((inside[layer], ~held), (outside[layer], held)):
+            if rows.all():
+                sums.add(x, y)
+            elif rows.any():
+                sums.add(x[rows], y[rows])
 
     one_pass(read, add, layers)
     if shared:  # the states of all layers as one, about one mean
         middle = np.mean(shift, axis=0)
-        moved = [
-            (own.moved(at - middle), out.moved(at - middle)) for own, out, at in zip(every, outside, shift, strict=True)
-        ]
-        every = [_Sums.total([own for own, _ in moved])]
-        outside = [_Sums.total([out for _, out in moved])]
+        inside, outside = (
+            [_Sums.total([own.moved(at - middle) for own, at in zip(sums, shift, strict=True)])]
+            for sums in (inside, outside)
+        )
         shift = [middle]
-    return [_gram(*each, final) for each in zip(every, outside, shift, strict=True)]
+    return [_gram(*each, final) for each in zip(inside, outside, shift, strict=True)]
 
 
 def ridge(read: States, shared: bool = False, found: Sequence[Gram] | None = None) -> Lens:
@@ -92,17 +93,14 @@ class _Sums:
         return cls(Products.empty(width, width), Products.empty(width, width))
 
     def add(self, x: np.ndarray, y: np.ndarray) -> None:
-        self.xx.add(x, x)
-        self.xy.add(x, y)
+        rows = Rows.of(x)
+        self.xx.count(rows, rows)
+        self.xy.count(rows, Rows.of(y))
 
     def moved(self, by: np.ndarray) -> _Sums:
         """The sums of x + by instead of x."""
         none = np.zeros_like(by)
         return _Sums(self.xx.moved(by, by), self.xy.moved(by, none))
-
-    def less(self, other: _Sums) -> _Sums:
-        """The sums of what is not in another one."""
-        return _Sums(self.xx - other.xx, self.xy - other.xy)
 
     @classmethod
     def total(cls, parts: Sequence[_Sums]) -> _Sums:
@@ -120,16 +118,17 @@ def _validation(read: States) -> np.ndarray:
     return np.asarray(groups.of % min(10, groups.count) == 1)
 
 
-def _gram(every: _Sums, outside: _Sums, shift: np.ndarray, final: np.ndarray) -> Gram:
+def _gram(inside: _Sums, outside: _Sums, shift: np.ndarray, final: np.ndarray) -> Gram:
+    """A Gram of all tokens, with the penalty that predicts those outside best from those inside."""
     penalty = PENALTIES[0]
-    if outside.xx.n:
-        fitted = every.less(outside)
-        covariance, cross = fitted.xx.covariance, fitted.xy.covariance - fitted.xx.covariance
+    if outside.xx.n and inside.xx.n:
+        covariance, cross = inside.xx.covariance, inside.xy.covariance - inside.xx.covariance
         weights = _solve(covariance, cross, PENALTIES)
-        x, y = fitted.xx.x / fitted.xx.n, fitted.xy.y / fitted.xx.n
+        x, y = inside.xx.x / inside.xx.n, inside.xy.y / inside.xx.n
         second, between = outside.xx.moved(-x, -x).xy, outside.xy.moved(-x, -y).xy
         error = [np.sum((w @ second) * w) - 2 * np.sum(w * (between - second).T) for w in weights]
         penalty = PENALTIES[int(np.argmin(error))]
+    every = _Sums.total([inside, outside])
     n = every.xx.n
     covariance = every.xx.covariance
     return Gram(every.xx.x / n + shift, every.xy.y / n + final, covariance, every.xy.covariance - covariance, penalty)
