@@ -19,8 +19,8 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     (tmp_path / "README.md").symlink_to(ROOT / "README.md")
     monkeypatch.chdir(tmp_path)
-    source = str(Path(sysconfig.get_path("stdlib")) / "argparse.py")
-    ac.build(ac.Spec(model="examples/tiny-gpt", corpus=(source,)), "demo.zarr")
+    sources = tuple(str(Path(sysconfig.get_path("stdlib")) / f"{name}.py") for name in (*FILES, "argparse"))
+    ac.build(ac.Spec(model="examples/tiny-gpt", corpus=sources), "demo.zarr")
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     assert len(blocks) == 2
     names: dict[str, object] = {}

@@ -134,14 +134,17 @@ def test_the_zeroth_step_is_the_logit_lens_exactly(built: str):
     np.testing.assert_array_equal(lens.logits(ds.head, 1, h), ds.head.logits(h))
 
 
-@pytest.mark.parametrize(("start", "precision"), [("ridge", "float32"), ("ridge", "bfloat16"), ("zero", "float32")])
-def test_training_reaches_the_best_lens(tmp_path: Path, start: str, precision: str):
+@pytest.mark.parametrize(
+    ("start", "precision", "tokens"),
+    [("ridge", "float32", 80_000), ("ridge", "bfloat16", 80_000), ("zero", "float32", 240_000)],  # zero is far away
+)
+def test_training_reaches_the_best_lens(tmp_path: Path, start: str, precision: str, tokens: int):
     """A layer of which least squares is not the best reading: some tokens lie far out, along one line. Against L-BFGS by autograd."""
     last = normal(11)
     wild = last @ rotation(3) + np.where(np.arange(POSITIONS)[:, None] % 5 == 0, 3, 0.3).astype(np.float32) * normal(12)
     read = planted(tmp_path, [wild, last], "wild")
     inside, outside = read.split()
-    lens = ac.lens.fit(read, start=start, precision=precision, tokens=80_000)  # type: ignore[arg-type]
+    lens = ac.lens.fit(read, start=start, precision=precision, tokens=tokens)  # type: ignore[arg-type]
     x, y = (torch.from_numpy(read.ds[site].compute()[inside.token]).double() for site in read.sites)
     g, u = (torch.from_numpy(read.head.arrays[name]).double() for name in ("g", "u"))
     final = torch.log_softmax(torch.nn.functional.layer_norm(y, (WIDTH,), g) @ u.T, -1)
